@@ -1,0 +1,176 @@
+"""From files to networks: official configs and safetensors weights, checked strictly and loaded leanly.
+
+A network is built on the `meta` device, where tensors have a shape but no memory, and then takes its weights from the
+file as they are: nothing is initialized only to be overwritten. A tensor that needs no other dtype or device stays a
+view of the mapped file, which the system reads when it is first used.
+
+Read `model.py` first; this is what its `load` and `save` stand on. Where names differ, `convert.py` knows.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from convert import Source, is_no_parameter
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+class InputError(ValueError):
+    """What we were given is wrong. The message is one line: what is wrong, and what to do about it."""
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; a model folder in the official layout has it") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not readable JSON ({error}); fetch the file again") from None
+
+
+def read_config(config_class: type, settings: dict, where: str):
+    """Make `config_class` from a config.json's settings. One that we do not know or support is refused by name.
+
+    null means "not used" in these files, and names that begin with "_" say who wrote it.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for name, value in settings.items():
+        if value is None or name.startswith("_") or name in fields:
+            continue
+        if name not in config_class.ONLY:
+            raise InputError(f"{where}: {name} = {value!r} is not supported: we do not know this setting")
+        if config_class.ONLY[name] not in (value, ...):
+            raise InputError(f"{where}: {name} = {value!r} is not supported, only {config_class.ONLY[name]!r}")
+    for name, field in fields.items():
+        if settings.get(name) is None and field.default is dataclasses.MISSING:
+            raise InputError(f"{where}: {name} is missing")
+    try:
+        return config_class(**{name: settings[name] for name in fields if settings.get(name) is not None})
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def refuse_pickle(path: Path) -> None:
+    raise InputError(
+        f"{path} is a pickle, which can run any code when it is opened; get the .safetensors file of the same model"
+    )
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file; only its header is read."""
+    if file.suffix in PICKLES:
+        refuse_pickle(file)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except FileNotFoundError:
+        raise InputError(f"{file} does not exist; check the path") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is damaged, truncated or no safetensors file ({error}); fetch it again") from None
+
+
+def find_tensors(folder: Path, stem: str, dtype: torch.dtype | None) -> dict[str, Path]:
+    """The tensors of a component's folder, and the file each of them is in: one file, or shards with an index.
+
+    Where there is a float16 variant beside the full one, it is taken only for float16, where it loses nothing.
+    """
+    plain = [folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"]
+    # All three spellings of a variant's index are found in published models.
+    names = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json", f"{stem}.safetensors.fp16.index.json"]
+    fp16 = [folder / name for name in (*names, f"{stem}.fp16.safetensors.index.json")]
+    for file in fp16 + plain if dtype == torch.float16 else plain + fp16:
+        if not file.exists():
+            continue
+        if file.suffix == ".safetensors":
+            return dict.fromkeys(tensor_names(file), file)
+        shards = sorted(set(read_json(file)["weight_map"].values()))
+        return {name: folder / shard for shard in shards for name in tensor_names(folder / shard)}
+    for file in sorted(folder.glob("*")):
+        if file.suffix in PICKLES:
+            refuse_pickle(file)
+    raise InputError(f"{folder} has no weights: {plain[0].name} is missing")
+
+
+def build(network_class: type[nn.Module], config) -> nn.Module:
+    """The network without its weights, frozen and in eval mode."""
+    with torch.device("meta"):
+        return network_class(config).eval().requires_grad_(False)
+
+
+def assign(
+    network: nn.Module,
+    sources: dict[str, Source],
+    files: dict[str, Path],
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    where: str,
+) -> None:
+    """Give `network` its weights. `sources` says where each of its tensors is found, `files` where each found one is.
+
+    Raises InputError if a tensor is missing, left over, or has another shape than the network's.
+    """
+    empty = network.state_dict()
+    compare(empty, sources, files, where)
+    state = {}
+    todo = sorted(empty, key=lambda key: (files[sources[key][0]], sources[key][0]))
+    # A few tensors at a time: where they have to be converted, the mapped pages they come from then leave memory.
+    for few in (todo[i : i + 4] for i in range(0, len(todo), 4)):
+        for file in {files[sources[key][0]] for key in few}:
+            with safe_open(file, framework="pt") as tensors:
+                for key in few:
+                    name, view = sources[key]
+                    if files[name] == file:
+                        state[key] = view(tensors.get_tensor(name)).to(device, dtype or None)
+    network.load_state_dict(state, strict=True, assign=True)
+
+
+def compare(empty: dict[str, torch.Tensor], sources: dict[str, Source], files: dict[str, Path], where: str) -> None:
+    """Raise InputError unless `files` holds exactly the tensors that `empty` wants, in their shapes."""
+    wanted = {name for name, _ in sources.values()}
+    problems = []
+    if missing := sorted(wanted - files.keys()):
+        problems.append(f"{len(missing)} missing ({first(missing)})")
+    if extra := sorted(name for name in files.keys() - wanted if not is_no_parameter(name)):
+        problems.append(f"{len(extra)} that the network does not have ({first(extra)})")
+    shapes = {}
+    for file in set(files.values()):
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in files if files[name] == file}
+    misshapen = []
+    for key, (name, view) in sources.items():
+        if name in shapes:
+            try:
+                found = tuple(view(torch.empty(shapes[name], device="meta")).shape)
+            except (RuntimeError, IndexError):
+                found = tuple(shapes[name])
+            if found != tuple(empty[key].shape):
+                misshapen.append(f"{name} is {found}, should be {tuple(empty[key].shape)}")
+    if misshapen:
+        problems.append(f"{len(misshapen)} of another shape ({first(misshapen)})")
+    if problems:
+        raise InputError(f"{where}: the tensors do not fit the config: {'; '.join(problems)}")
+
+
+def first(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def replace_folder(aside: Path, path: Path) -> None:
+    """Move a finished folder into its place, where an older one may be."""
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    aside.rename(path)
+    shutil.rmtree(old, ignore_errors=True)

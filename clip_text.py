@@ -1,0 +1,230 @@
+"""The text side: CLIP's tokenizer and text transformer (Radford et al. 2021), as Stable Diffusion uses them.
+
+A prompt becomes 77 token ids, and those become one vector each. SD1.5 has one text encoder (CLIP ViT-L/14), SDXL two
+(the second is OpenCLIP ViT-bigG/14); a model is described by the fields of `ClipTextConfig`, which are those of the
+official `text_encoder/config.json`. Attribute names equal the keys of the official weights.
+
+Shapes: B batch, L = 77 tokens, D width. This is the first file to read; `unet.py` is next.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+
+TOKENIZER_FILES = (
+    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+
+
+class Tokenizer:
+    """Prompts -> token ids by byte-pair encoding: frequent words are one token, rare ones are spelled with several."""
+
+    def __init__(self, bpe: tokenizers.Tokenizer, pad_token: str = END, length: int = 77):
+        self.bpe, self.length = bpe, length
+        self.files: dict[str, bytes] = {}  # what it was loaded from, for saving a model
+        bpe.no_truncation()  # a tokenizer.json may ask for both; we do them below, and say what is cut off
+        bpe.no_padding()
+        # Special tokens are looked for before anything else. So in SDXL's second tokenizer, which pads with "!",
+        # a "!" within a prompt is the padding token too, and we keep it so: the other libraries do.
+        bpe.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (BEGIN, END, pad_token)])
+        self.begin, self.end, self.pad = (bpe.token_to_id(t) for t in (BEGIN, END, pad_token))
+
+    @classmethod
+    def load(cls, folder: str | Path, pad_token: str | None = None) -> "Tokenizer":
+        """Read an official `tokenizer/` folder: `vocab.json` and `merges.txt`, or `tokenizer.json`.
+
+        pad_token: instead of the folder's own. Raises FileNotFoundError or ValueError, in one line, when the files are
+        missing or broken.
+        """
+        folder = Path(folder)
+        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        if not {"vocab.json", "merges.txt"} <= files.keys() and "tokenizer.json" not in files:
+            raise FileNotFoundError(f"{folder} holds no tokenizer: vocab.json and merges.txt, or tokenizer.json")
+        try:
+            settings = json.loads(files.get("tokenizer_config.json", "{}"))
+            special = settings | json.loads(files.get("special_tokens_map.json", "{}"))
+            if "vocab.json" in files and "merges.txt" in files:
+                bpe = clip_bpe(*models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+            else:
+                bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the tokenizers package raises bare Exception for a damaged file
+            raise ValueError(f"the tokenizer in {folder} cannot be read ({error}); fetch its files again") from None
+        if missing := [token for token in (BEGIN, END) if bpe.token_to_id(token) is None]:
+            raise ValueError(f"the tokenizer in {folder} is not CLIP's: its vocabulary lacks {' and '.join(missing)}")
+
+        if pad_token:
+            files["tokenizer_config.json"] = json.dumps(settings | {"pad_token": pad_token}).encode()
+            files["special_tokens_map.json"] = json.dumps(special | {"pad_token": pad_token}).encode()
+        pad = pad_token or special.get("pad_token") or END
+        tokenizer = cls(bpe, pad if isinstance(pad, str) else pad["content"])
+        tokenizer.files = files
+        return tokenizer
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """Token ids (B, 77), int64: begin, the text, end, padding. What does not fit is cut off, with a notice."""
+        rows = []
+        for prompt in prompts:
+            encoding = self.bpe.encode(prompt, add_special_tokens=False)
+            room = self.length - 2
+            if len(encoding.ids) > room:
+                cut_off = prompt[encoding.offsets[room][0] :]
+                print(f"notice: a prompt is longer than {self.length} tokens; ignored: {cut_off!r}", file=sys.stderr)
+            row = [self.begin, *encoding.ids[:room], self.end]
+            rows.append(row + [self.pad] * (self.length - len(row)))
+        return torch.tensor(rows).view(-1, self.length)  # view: also for no prompts at all
+
+
+def clip_bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """CLIP's byte-pair encoding: lower case, words end in `</w>`, digits stand alone, any other sign is its bytes."""
+    bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token=END, end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
+@dataclass
+class ClipTextConfig:
+    """The fields of `text_encoder/config.json` that we read; the defaults are those a config file may leave out."""
+
+    hidden_size: int = 768  # D
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+    projection_dim: int = 768
+    architectures: tuple[str, ...] = ("CLIPTextModel",)  # CLIPTextModelWithProjection: with `text_projection`
+
+    # Fields whose other values would need code that is not here; `...`: any value, it changes nothing in the network.
+    ONLY: ClassVar[dict[str, object]] = {
+        "attention_dropout": 0.0, "dropout": 0.0, "model_type": "clip_text_model", "bos_token_id": ...,
+        "pad_token_id": ..., "initializer_factor": ..., "initializer_range": ..., "torch_dtype": ..., "dtype": ...,
+        "transformers_version": ...,
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported, only {' and '.join(ACTIVATIONS)}")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)  # OpenAI's early approximation of gelu, part of their trained weights
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class Embeddings(nn.Module):
+    """A vector for every token id, plus a vector for every place in the sentence."""
+
+    def __init__(self, cfg: ClipTextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.position_embedding = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]  # (B, L) -> (B, L, D)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int, causal: bool):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected)  # (B, heads, L, D / heads)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int, activation: str):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """One transformer layer; CLIP's vision tower has the same, with attention in both directions (not `causal`)."""
+
+    def __init__(self, cfg, causal: bool):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+        self.self_attn = SelfAttention(cfg.hidden_size, cfg.num_attention_heads, causal)
+        self.layer_norm2 = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+        self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, cfg.hidden_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg, causal: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(cfg, causal) for _ in range(cfg.num_hidden_layers))
+
+
+class TextTransformer(nn.Module):
+    def __init__(self, cfg: ClipTextConfig):
+        super().__init__()
+        self.embeddings = Embeddings(cfg)
+        self.encoder = Encoder(cfg, causal=True)  # a token sees itself and those before it
+        self.final_layer_norm = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+
+
+class ClipText(nn.Module):
+    def __init__(self, cfg: ClipTextConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.text_model = TextTransformer(cfg)
+        if "CLIPTextModelWithProjection" in cfg.architectures:
+            self.text_projection = nn.Linear(cfg.hidden_size, cfg.projection_dim, bias=False)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids (B, L) -> the three things that are made of a text:
+
+        last (B, L, D): after all layers and the final norm; SD1.5's text.
+        penultimate (B, L, D): before the last layer, without the final norm; SDXL's text, from both its encoders.
+        pooled (B, D): one vector for the sentence, `last` at the end token; projected, in SDXL's second encoder.
+        """
+        x = self.text_model.embeddings(ids)
+        for layer in self.text_model.encoder.layers:
+            penultimate, x = x, layer(x)
+        last = self.text_model.final_layer_norm(x)
+
+        # Where the first end token is. Old configs say it is 2, which is not so: it is the largest id of all.
+        end = (ids if self.cfg.eos_token_id == 2 else (ids == self.cfg.eos_token_id).int()).argmax(dim=1)
+        pooled = last[torch.arange(len(ids), device=ids.device), end]
+        return last, penultimate, self.text_projection(pooled) if hasattr(self, "text_projection") else pooled

@@ -1,0 +1,343 @@
+"""The miniature: a whole Stable Diffusion, small enough for a laptop, trained from nothing on drawn scenes.
+
+    python miniature.py                 train all of it into weights/miniature (hours on two cores, minutes on a GPU)
+    python miniature.py --evaluate      how good is it? accuracy on unseen prompts, Frechet distance over steps
+
+In Stable Diffusion's order: a tokenizer, a VAE, a CLIP pair (text tower and vision tower), and the denoiser, which
+sees latents of the VAE and text of CLIP. The result is an official model folder that the same classes load.
+Read `scenes.py` for the pictures and captions, and `model.py` for the parts.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import checkpoint
+import convert
+import scenes
+from clip_score import ClipVision, ClipVisionConfig
+from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer, clip_bpe
+from model import InputError, StableDiffusion
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+TRAIN, VALIDATION, TEST = 0, 1, 2  # seeds of scenes.sample: what is trained on, chosen by, reported on
+ROOT = Path(__file__).parent
+
+VAE_SETTINGS = {
+    "_class_name": "AutoencoderKL", "block_out_channels": [24, 48, 64, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 1,
+    "norm_num_groups": 8, "in_channels": 3, "out_channels": 3, "latent_channels": 4, "act_fn": "silu",
+    "sample_size": 64, "force_upcast": False,
+}  # fmt: skip
+TEXT_SETTINGS = convert.CLIP_L | {
+    "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3,
+    "projection_dim": 128, "architectures": ["CLIPTextModelWithProjection"],
+}  # fmt: skip
+VISION_SETTINGS = {
+    "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4,
+    "num_hidden_layers": 4, "projection_dim": 128, "image_size": 64, "patch_size": 8, "hidden_act": "quick_gelu",
+}  # fmt: skip
+UNET_SETTINGS = {
+    "_class_name": "UNet2DConditionModel", "block_out_channels": [64, 96], "attention_head_dim": [2, 3],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1, "norm_num_groups": 16, "cross_attention_dim": 128, "in_channels": 4, "out_channels": 4,
+    "sample_size": 8, "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0,
+}  # fmt: skip
+
+
+class Scenes(Dataset):
+    """Pictures [-1, 1] (3, 64, 64) with captions, without end: item i is scene i of the seed."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        image, caption = scenes.sample(self.seed, index)
+        return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1, caption
+
+
+def batches(seed: int, first: int, count: int, size: int, workers: int) -> DataLoader:
+    return DataLoader(Scenes(seed), size, sampler=range(first * size, (first + count) * size), num_workers=workers)
+
+
+def fit(
+    name: str,
+    network: nn.Module,
+    loss_of: Callable[[object, int], Tensor],
+    data: Callable[[int, int], Iterator],
+    args: argparse.Namespace,
+    iterations: int,
+    lr: float,
+    low_precision: bool,
+) -> nn.Module:
+    """Train `network`, resuming where an earlier run stopped; returns the moving average of its weights (EMA).
+
+    data(first, count) yields the batches of steps first, first + 1, ...; loss_of(batch, step) is a scalar.
+    """
+    average = copy.deepcopy(network).requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
+    warmup = min(500, iterations // 10 + 1)
+
+    def rate(step: int) -> float:  # up in a straight line, down along a cosine
+        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(step / iterations, 1)))
+
+    file, start = args.work / f"{name}.state", 0
+    if file.exists():
+        state = torch.load(file, map_location=args.device, weights_only=True)
+        network.load_state_dict(state["network"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    saved, losses = time.time(), None
+    bar = tqdm(total=iterations, initial=start, desc=name, mininterval=5)
+    for step, batch in enumerate(data(start, iterations - start), start):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rate(step)
+        torch.manual_seed(step)  # the noise of a step depends on its number alone, so resuming changes nothing
+        with torch.autocast(args.device, torch.bfloat16, enabled=low_precision):
+            loss = loss_of(batch, step)
+        if not loss.isfinite():
+            raise InputError(f"{name}: the loss is {loss.item()} at step {step}; run again to go on from {file}")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.999, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+        losses = loss.detach() if losses is None else losses.lerp(loss.detach(), 0.02)
+        bar.update()
+        bar.set_postfix_str(f"loss {losses.item():.4f}" if step % 20 == 0 else bar.postfix or "", refresh=False)
+        if time.time() - saved > 120 or step + 1 == iterations:
+            saved = time.time()
+            state = {"network": network, "average": average, "optimizer": optimizer}
+            state = {key: part.state_dict() for key, part in state.items()} | {"step": step + 1}
+            torch.save(state, file.with_suffix(".partial"))
+            os.replace(file.with_suffix(".partial"), file)
+    bar.close()
+    return average
+
+
+def make_tokenizer(folder: Path) -> Tokenizer:
+    """A byte-pair vocabulary in which every word of the captions is one token, in the official files."""
+    bpe = clip_bpe({END: 0}, [])
+    letters = sorted(ByteLevel.alphabet())
+    trainer = BpeTrainer(
+        vocab_size=10**4, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+    )
+    bpe.train_from_iterator(scenes.words(), trainer)
+    model = json.loads(bpe.to_str())["model"]
+    merged = ["".join(pair) for pair in model["merges"]]
+    # The official order: single bytes, bytes that end a word, merges, and the two marks last.
+    names = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys(merged), BEGIN, END]
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(folder / "vocab.json", {name: i for i, name in enumerate(dict.fromkeys(names))})
+    merges = "".join(" ".join(pair) + "\n" for pair in model["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+    special = {"bos_token": BEGIN, "eos_token": END, "pad_token": END, "unk_token": END}
+    checkpoint.write_json(folder / "special_tokens_map.json", special)
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
+    checkpoint.write_json(folder / "tokenizer_config.json", settings | special)
+    return Tokenizer.load(folder)
+
+
+def train_vae(args: argparse.Namespace) -> tuple[VAE, dict]:
+    """Reconstruction error (L1) plus a weak pull of the latents towards a standard normal (KL divergence)."""
+    torch.manual_seed(0)
+    vae = VAE(settings_of(VAEConfig, VAE_SETTINGS)).to(args.device)
+
+    def loss_of(batch, step: int) -> Tensor:
+        images = batch[0].to(args.device)
+        mean, log_variance = vae.encode(images)
+        decoded = vae.decode(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+        return (decoded.float() - images).abs().mean() + 1e-3 * kl.float().mean()
+
+    def data(first: int, count: int):
+        return batches(TRAIN, first, count, 32, args.workers)
+
+    average = fit("vae", vae, loss_of, data, args, args.iters or 3000, lr=2e-3, low_precision=True)
+    images = torch.stack([Scenes(TRAIN)[i][0] for i in range(512)]).to(args.device)
+    with torch.no_grad():
+        scale = 1 / average.encode(images)[0].std().item()
+    settings = VAE_SETTINGS | {"scaling_factor": round(scale, 5)}
+    average.cfg.scaling_factor = settings["scaling_factor"]
+    return average, settings
+
+
+class Clip(nn.Module):
+    """The two towers and the temperature of their contrast."""
+
+    def __init__(self):
+        super().__init__()
+        self.text = ClipText(settings_of(ClipTextConfig, TEXT_SETTINGS))
+        self.vision = ClipVision(settings_of(ClipVisionConfig, VISION_SETTINGS))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+
+def train_clip(tokenizer: Tokenizer, args: argparse.Namespace) -> Clip:
+    """Of all pictures in a batch, which is each caption's, and the reverse (Radford et al. 2021, figure 3)."""
+    torch.manual_seed(0)
+    clip = Clip()
+    for name, weight in clip.named_parameters():  # CLIP's own small start; the default embeddings are far too large
+        if "embedding" in name:
+            nn.init.normal_(weight, std=0.02)
+    clip.to(args.device)
+
+    def loss_of(batch, step: int) -> Tensor:
+        images, captions = batch
+        ids = tokenizer(captions)
+        ids = ids[:, : (ids != tokenizer.end).sum(dim=1).max() + 1].to(args.device)  # padding comes after what counts
+        image = F.normalize(clip.vision(images.to(args.device)).float(), dim=-1)
+        text = F.normalize(clip.text(ids)[2].float(), dim=-1)
+        logits = clip.logit_scale.clamp(max=math.log(100)).exp() * image @ text.T
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    def data(first: int, count: int):
+        return batches(TRAIN, first, count, 256, args.workers)
+
+    return fit("clip", clip, loss_of, data, args, args.iters or 1000, lr=1e-3, low_precision=True)
+
+
+@torch.no_grad()
+def encode_scenes(sd: StableDiffusion, count: int, args: argparse.Namespace) -> dict[str, Tensor]:
+    """Latents of the first `count` training scenes, as mean and deviation at the UNet's scale, and their token ids.
+
+    Encoded once and kept in a file, since the UNet sees every scene many times."""
+    file = args.work / "latents.safetensors"
+    if file.exists():
+        return load_file(file)
+    parts = []
+    for images, captions in tqdm(batches(TRAIN, 0, count // 250, 250, args.workers), desc="encoding scenes"):
+        with torch.autocast(args.device, torch.bfloat16):
+            mean, log_variance = sd.vae.encode(images.to(args.device))
+        scale = sd.vae.cfg.scaling_factor
+        ids = sd.tokenizers[0](list(captions)).to(torch.int16)
+        parts.append(((mean * scale).half().cpu(), ((0.5 * log_variance.float()).exp() * scale).half().cpu(), ids))
+    mean, deviation, ids = (torch.cat(part) for part in zip(*parts))
+    scenes = {"mean": mean.contiguous(), "deviation": deviation.contiguous(), "ids": ids}
+    save_file(scenes, file.with_suffix(".partial"))
+    os.replace(file.with_suffix(".partial"), file)
+    return scenes
+
+
+@torch.no_grad()
+def encode_texts(text: ClipText, ids: Tensor, device: str) -> Tensor:
+    """(N, L) token ids -> (N, L, D) fp16: the text encoder is frozen, so its work is done once."""
+    return torch.cat([text(few.to(device).long())[0].half() for few in ids.split(1000)])
+
+
+def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
+    """Predict the noise in a noisy latent (Ho et al. 2020, algorithm 1), with the caption left out one time in ten."""
+    known = encode_scenes(sd, 100_000, args)
+    mean, deviation = known["mean"].to(args.device), known["deviation"].to(args.device)
+    captions, which = known["ids"].unique(dim=0, return_inverse=True)
+    empty = sd.tokenizers[0]([""]).to(captions.dtype)
+    texts = encode_texts(sd.text_encoders[0], torch.cat([captions, empty]), args.device)  # the last is the empty one
+    which = which.to(args.device)
+    torch.manual_seed(0)
+    unet = UNet(settings_of(UNetConfig, UNET_SETTINGS))
+    nn.init.zeros_(unet.conv_out.weight)
+    unet.to(args.device)
+
+    def loss_of(_, step: int) -> Tensor:
+        pick = torch.randint(len(mean), (args.batch_size,), device=args.device)
+        z = mean[pick].float()
+        z = z + deviation[pick].float() * torch.randn_like(z)
+        t = torch.randint(1000, (len(z),), device=args.device)
+        noise = torch.randn_like(z)
+        a = sd.alphas_cumprod[t].view(-1, 1, 1, 1)
+        dropped = torch.rand(len(z), device=args.device) < 0.1
+        text = texts[torch.where(dropped, len(texts) - 1, which[pick])].float()
+        predicted = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, text)
+        return F.mse_loss(predicted.float(), noise)
+
+    def steps(first: int, count: int):
+        return range(first, first + count)
+
+    on_gpu = args.device != "cpu"
+    return fit("unet", unet, loss_of, steps, args, args.iters or 40_000, lr=1.5e-3, low_precision=on_gpu)
+
+
+def settings_of(config_class: type, settings: dict):
+    return checkpoint.read_config(config_class, settings, config_class.__name__)
+
+
+def train(args: argparse.Namespace) -> None:
+    args.work.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(args.work / "tokenizer")
+    TEXT_SETTINGS.update(
+        vocab_size=tokenizer.end + 1, bos_token_id=tokenizer.begin, eos_token_id=tokenizer.end, pad_token_id=tokenizer.end
+    )
+    if args.part == "vae":
+        train_vae(args)
+        return
+    clip = train_clip(tokenizer, args)
+    if args.part == "clip":
+        return
+    vae, vae_settings = train_vae(args)
+    save_clip(clip, tokenizer, args.clip)
+    del clip.text.text_projection
+    configs = {
+        "model_index": convert.SD15["model_index"], "scheduler": convert.SCHEDULER, "unet": UNET_SETTINGS,
+        "vae": vae_settings, "text_encoder": TEXT_SETTINGS | {"architectures": ["CLIPTextModel"]},
+    }  # fmt: skip
+    networks = {"unet": UNet(settings_of(UNetConfig, UNET_SETTINGS)).to(args.device), "vae": vae, "text_encoder": clip.text}
+    sd = StableDiffusion(networks, [tokenizer], configs)
+    networks["unet"] = train_unet(sd, args)
+    for name in networks:
+        networks[name] = networks[name].half()
+    sd.save(args.out)
+    print(f"wrote {args.out}")
+
+
+def save_clip(clip: Clip, tokenizer: Tokenizer, folder: Path) -> None:
+    """The CLIP pair as a CLIP folder of the usual layout, for clip_score.py and other libraries."""
+    aside = folder.with_name(folder.name + ".partial")
+    checkpoint.write_json(aside / "config.json", {
+        "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 128,
+        "text_config": TEXT_SETTINGS, "vision_config": VISION_SETTINGS,
+    })  # fmt: skip
+    halves = {"crop_size": 64, "size": 64, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    checkpoint.write_json(aside / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"} | halves)
+    state = {name.removeprefix("text.").removeprefix("vision."): w.half() for name, w in clip.state_dict().items()}
+    save_file(state, aside / "model.safetensors", {"format": "pt"})
+    for name, content in tokenizer.files.items():
+        (aside / name).write_bytes(content)
+    checkpoint.replace_folder(aside, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "weights/miniature", help="the model folder to write")
+    parser.add_argument("--clip", type=Path, default=ROOT / "weights/miniature-clip", help="the CLIP folder to write")
+    parser.add_argument("--work", type=Path, default=ROOT / "out/miniature", help="checkpoints, to resume from")
+    parser.add_argument("--part", choices=["vae", "clip", "all"], default="all", help="train only this part")
+    parser.add_argument("--iters", type=int, help="training steps of each part, instead of the default; for a taste")
+    parser.add_argument("--batch-size", type=int, default=64, help="of the UNet")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
+    args = parser.parse_args()
+    try:
+        train(args)
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

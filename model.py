@@ -1,0 +1,259 @@
+"""Stable Diffusion put together: load and save a model folder, encode prompts, pictures <-> latents, noise schedule.
+
+A model is a folder in the official layout: `model_index.json` and one folder each for `unet`, `vae`, `text_encoder`
+(SDXL: also `text_encoder_2`), `tokenizer` (`tokenizer_2`) and `scheduler`. Diffusion models and the flows that
+`train.py` makes of them differ in the scheduler's settings and in the weights, in nothing else.
+
+Shapes: B batch, L = 77 tokens, D width of the text, H W picture height and width, h w = H/8 W/8 those of the latents.
+Read `clip_text.py`, `unet.py` and `vae.py` before this file, `reflow.py` after it.
+"""
+
+import copy
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import checkpoint
+import convert
+from checkpoint import InputError
+from clip_text import ClipText, ClipTextConfig, Tokenizer
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+# component: its network, its settings, the name of its weight files
+NETWORKS = {
+    "unet": (UNet, UNetConfig, "diffusion_pytorch_model"),
+    "vae": (VAE, VAEConfig, "diffusion_pytorch_model"),
+    "text_encoder": (ClipText, ClipTextConfig, "model"),
+    "text_encoder_2": (ClipText, ClipTextConfig, "model"),
+}
+
+
+class StableDiffusion:
+    """A whole text-to-image model: networks, tokenizers and settings. Made by `StableDiffusion.load`."""
+
+    def __init__(self, networks: dict[str, nn.Module], tokenizers: list[Tokenizer], configs: dict[str, dict]):
+        self.networks, self.tokenizers, self.configs = networks, tokenizers, configs
+        self.unet: UNet = networks["unet"]
+        self.vae: VAE = networks["vae"]
+        self.text_encoders = [networks[name] for name in ("text_encoder", "text_encoder_2") if name in networks]
+        self.alphas_cumprod = alphas_cumprod(configs["scheduler"]).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def windows(self) -> int | None:
+        """Number of time windows of a flow; None for a diffusion model."""
+        scheduler = self.configs["scheduler"]
+        return scheduler.get("num_time_windows", 4) if scheduler["_class_name"] == "PeRFlowScheduler" else None
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts: "epsilon" (diffusion), "ddim_eps" or "diff_eps" (flows; see `reflow.py`)."""
+        return self.configs["scheduler"].get("prediction_type", "epsilon")
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent, in each direction: 8 for all official models."""
+        return 2 ** (len(self.vae.cfg.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+        """Prompts -> context (B, 77, D) and, for SDXL, pooled (B, 1280), else None.
+
+        The empty prompt is the unconditional one. SDXL's is all zeros (`force_zeros_for_empty_prompt` in its
+        `model_index.json`), and this is the one place that knows it: training and sampling cannot disagree.
+        """
+        encoded = [
+            encoder(tokenize(prompts).to(self.device)) for encoder, tokenize in zip(self.text_encoders, self.tokenizers)
+        ]
+        if len(encoded) == 1:
+            return encoded[0][0], None
+        context = torch.cat([penultimate for _, penultimate, _ in encoded], dim=-1)
+        pooled = encoded[1][2]
+        if self.configs["model_index"].get("force_zeros_for_empty_prompt", True):
+            empty = torch.tensor([prompt == "" for prompt in prompts], device=self.device)
+            context = context.masked_fill(empty[:, None, None], 0)
+            pooled = pooled.masked_fill(empty[:, None], 0)
+        return context, pooled
+
+    def time_ids(self, batch: int, height: int, width: int) -> Tensor | None:
+        """SDXL's picture sizes (B, 6) for pictures made at height x width, uncropped; None for SD1.5."""
+        if self.unet.cfg.addition_embed_type is None:
+            return None
+        return torch.tensor([[height, width, 0, 0, height, width]], device=self.device).expand(batch, -1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> latents (B, 4, h, w) at the UNet's scale, in its dtype.
+
+        They are the mean of the encoder's distribution; with a generator, a sample of it.
+        """
+        weight = self.vae.encoder.conv_in.weight
+        mean, log_variance = self.vae.encode(images.to(weight.device, weight.dtype))
+        if generator is not None:
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
+            mean = mean + (0.5 * log_variance).exp() * noise
+        return (mean * self.vae.cfg.scaling_factor).to(self.dtype)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, 4, h, w) at the UNet's scale -> pictures (B, 3, H, W) in [-1, 1], fp32."""
+        weight = self.vae.decoder.conv_in.weight
+        images = self.vae.decode(latents.to(weight.device, weight.dtype) / self.vae.cfg.scaling_factor)
+        return images.float().clamp(-1, 1)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+        tokenizer: str | Path | None = None,
+    ) -> "StableDiffusion":
+        """Load a model folder, or a single `.safetensors` file of SD1.5 or SDXL.
+
+        dtype None keeps that of the file. The VAE of a model that overflows float16 is then kept in float32.
+        tokenizer: folder of the tokenizer(s), instead of the model folder's own; single files need one.
+        All networks come frozen and in eval mode. Raises InputError.
+        """
+        path = Path(path)
+        family = None if path.is_dir() else family_of(path)
+        configs, files = read_single_file(path, family) if family else read_folder(path, dtype)
+        networks = {}
+        for name in files:
+            network_class, config_class, _ = NETWORKS[name]
+            config = checkpoint.read_config(config_class, configs[name], f"{path}: {name} config")
+            network = checkpoint.build(network_class, config)
+            keys = network.state_dict().keys()
+            if family:
+                sources = convert.sources_in_single_file(family, name, keys)
+            else:
+                sources = convert.sources_in_folder(name, keys, files[name].keys())
+            overflows = name == "vae" and dtype == torch.float16 and config.force_upcast
+            kept = torch.float32 if overflows else dtype
+            checkpoint.assign(network, sources, files[name], device, kept, f"{path}: {name}")
+            networks[name] = network
+        check_fit(networks, configs, path)
+        tokenizers = load_tokenizers(Path(tokenizer or path), two="text_encoder_2" in networks)
+        return cls(networks, tokenizers, configs)
+
+    def save(self, path: str | Path) -> None:
+        """Write a model folder that `load`, diffusers and transformers open. It appears whole or not at all."""
+        path = Path(path)
+        if path.exists() and not (path / "model_index.json").exists():
+            raise InputError(f"{path} exists and is not a model folder; remove it, or choose another place")
+        aside = path.with_name(path.name + ".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            for name, config in self.configs.items():
+                file = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}.get(name)
+                checkpoint.write_json(aside / (file or f"{name}/config.json"), config)
+            for name, network in self.networks.items():
+                # transformers reads a weight file only if its metadata says which framework wrote it
+                save_file(network.state_dict(), aside / name / f"{NETWORKS[name][2]}.safetensors", {"format": "pt"})
+            for tokenizer, folder in zip(self.tokenizers, ("tokenizer", "tokenizer_2")):
+                for name, content in tokenizer.files.items():
+                    (aside / folder).mkdir(exist_ok=True)
+                    (aside / folder / name).write_bytes(content)
+            checkpoint.replace_folder(aside, path)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error}") from error
+
+
+def read_folder(path: Path, dtype: torch.dtype | None) -> tuple[dict[str, dict], dict[str, dict[str, Path]]]:
+    """Settings of a model folder's parts, and for each of its networks the file of every tensor."""
+    configs = {"model_index": checkpoint.read_json(path / "model_index.json")}
+    configs["scheduler"] = checkpoint.read_json(path / "scheduler/scheduler_config.json")
+    names = [name for name in NETWORKS if name != "text_encoder_2" or configs["model_index"].get(name, [None])[0]]
+    for name in names:
+        configs[name] = checkpoint.read_json(path / name / "config.json")
+    return configs, {name: checkpoint.find_tensors(path / name, NETWORKS[name][2], dtype) for name in names}
+
+
+def family_of(file: Path) -> str:
+    try:
+        return convert.family_of(checkpoint.tensor_names(file))
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(f"{file}: {error}") from None
+
+
+def read_single_file(file: Path, family: str) -> tuple[dict[str, dict], dict[str, dict[str, Path]]]:
+    """The same of a single file, whose settings are the official ones of its family."""
+    names = checkpoint.tensor_names(file)
+    parts = convert.PREFIXES[family].items()
+    files = {part: {name: file for name in names if name.startswith(prefix)} for part, prefix in parts}
+    return copy.deepcopy(convert.OFFICIAL[family]), files
+
+
+def load_tokenizers(path: Path, two: bool) -> list[Tokenizer]:
+    """The tokenizers of a model folder, or of a folder that is one tokenizer; SDXL has `two`."""
+    if path.is_file():
+        raise InputError(f"{path}: a single file holds no tokenizer; give the folder of one (tokenizer=, --tokenizer)")
+    folder = path / "tokenizer" if (path / "tokenizer").is_dir() else path
+    try:
+        tokenizers = [Tokenizer.load(folder)]
+        if two and (path / "tokenizer_2").is_dir():
+            tokenizers.append(Tokenizer.load(path / "tokenizer_2"))
+        elif two:  # the second one is the same, but for its padding
+            tokenizers.append(Tokenizer.load(folder, pad_token="!"))
+    except (OSError, ValueError) as error:
+        raise InputError(str(error)) from None
+    return tokenizers
+
+
+def check_fit(networks: dict[str, nn.Module], configs: dict[str, dict], path: Path) -> None:
+    """Raise InputError where the parts of a model do not fit together, or need code that is not here."""
+    text_width = sum(networks[name].cfg.hidden_size for name in networks if name.startswith("text_encoder"))
+    unet, vae = networks["unet"].cfg, networks["vae"].cfg
+    if unet.cross_attention_dim != text_width:
+        raise InputError(f"{path}: the UNet expects text of width {unet.cross_attention_dim}, not {text_width}")
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        raise InputError(
+            f"{path}: the UNet maps {unet.in_channels} channels to {unet.out_channels}, the latents have "
+            f"{vae.latent_channels}; only text-to-image models are supported, not inpainting or editing ones"
+        )
+    scheduler = configs["scheduler"]
+    known = ("ddim_eps", "diff_eps") if scheduler.get("_class_name") == "PeRFlowScheduler" else ("epsilon",)
+    for name, values in {
+        "prediction_type": known, "beta_schedule": ("scaled_linear",), "num_train_timesteps": (1000,),
+        "trained_betas": (None,), "rescale_betas_zero_snr": (False, None),
+    }.items():  # fmt: skip
+        if scheduler.get(name, values[0]) not in values:
+            raise InputError(f"{path}: scheduler {name} = {scheduler[name]!r} is not supported, only {values[0]!r}")
+
+
+def alphas_cumprod(scheduler: dict) -> Tensor:
+    """Stable Diffusion's noise schedule, (1000,), fp32: at index i, latents are sqrt(a_i) z + sqrt(1 - a_i) noise.
+
+    The square roots of the betas run linearly from start to end ("scaled_linear"); a_i is the product of 1 - beta.
+    """
+    start, end = scheduler.get("beta_start", 0.00085), scheduler.get("beta_end", 0.012)
+    betas = torch.linspace(start**0.5, end**0.5, 1000, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(dim=0).float()
+
+
+def add_delta(sd: StableDiffusion, file: str | Path, windows: int, prediction_type: str) -> None:
+    """Turn a diffusion model into a flow by adding published weight differences to its UNet, in place.
+
+    PeRFlow publishes its flows so; for SD1.5: 4 windows, prediction_type "diff_eps". Raises InputError.
+    """
+    file = Path(file)
+    delta = checkpoint.build(UNet, sd.unet.cfg)
+    sources = convert.sources_in_folder("unet", delta.state_dict(), set())
+    stored = dict.fromkeys(checkpoint.tensor_names(file), file)
+    checkpoint.assign(delta, sources, stored, sd.device, torch.float32, str(file))
+    for weight, difference in zip(sd.unet.parameters(), delta.parameters(), strict=True):
+        weight.data = (weight.float() + difference).to(weight.dtype)
+    sd.configs["scheduler"] |= {
+        "_class_name": "PeRFlowScheduler", "num_time_windows": windows, "prediction_type": prediction_type,
+    }  # fmt: skip
