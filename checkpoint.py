@@ -120,7 +120,7 @@ def assign(
     state = {}
     todo = sorted(empty, key=lambda key: (files[sources[key][0]], sources[key][0]))
     # A few tensors at a time: where they have to be converted, the mapped pages they come from then leave memory.
-    for few in (todo[i : i + 4] for i in range(0, len(todo), 4)):
+    for few in (todo[i : i + 32] for i in range(0, len(todo), 32)):
         for file in {files[sources[key][0]] for key in few}:
             with safe_open(file, framework="pt") as tensors:
                 for key in few:

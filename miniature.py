@@ -39,7 +39,7 @@ TRAIN, VALIDATION, TEST = 0, 1, 2  # seeds of scenes.sample: what is trained on,
 ROOT = Path(__file__).parent
 
 VAE_SETTINGS = {
-    "_class_name": "AutoencoderKL", "block_out_channels": [24, 48, 64, 64],
+    "_class_name": "AutoencoderKL", "block_out_channels": [16, 32, 64, 64],
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 1,
     "norm_num_groups": 8, "in_channels": 3, "out_channels": 3, "latent_channels": 4, "act_fn": "silu",
     "sample_size": 64, "force_upcast": False,
@@ -165,12 +165,12 @@ def train_vae(args: argparse.Namespace) -> tuple[VAE, dict]:
         mean, log_variance = vae.encode(images)
         decoded = vae.decode(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-        return (decoded.float() - images).abs().mean() + 1e-3 * kl.float().mean()
+        return (decoded.float() - images).abs().mean() + 1e-5 * kl.float().mean()
 
     def data(first: int, count: int):
-        return batches(TRAIN, first, count, 32, args.workers)
+        return batches(TRAIN, first, count, 16, args.workers)
 
-    average = fit("vae", vae, loss_of, data, args, args.iters or 3000, lr=2e-3, low_precision=True)
+    average = fit("vae", vae, loss_of, data, args, args.iters or 8000, lr=2e-3, low_precision=True)
     images = torch.stack([Scenes(TRAIN)[i][0] for i in range(512)]).to(args.device)
     with torch.no_grad():
         scale = 1 / average.encode(images)[0].std().item()
@@ -211,7 +211,7 @@ def train_clip(tokenizer: Tokenizer, args: argparse.Namespace) -> Clip:
     def data(first: int, count: int):
         return batches(TRAIN, first, count, 256, args.workers)
 
-    return fit("clip", clip, loss_of, data, args, args.iters or 1000, lr=1e-3, low_precision=True)
+    return fit("clip", clip, loss_of, data, args, args.iters or 2000, lr=1e-3, low_precision=True)
 
 
 @torch.no_grad()

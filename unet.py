@@ -78,7 +78,8 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
 
     The encoding of positions in "Attention is all you need" (Vaswani et al. 2017, section 3.5), applied to time.
     """
-    frequencies = torch.exp(-math.log(10000) / (width // 2) * torch.arange(width // 2, device=t.device))
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

@@ -1,0 +1,33 @@
+# The two commands to know are `make demo` and `make test`; both set up what they need in .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN = .venv/bin
+
+.PHONY: demo test lint parity miniature clean
+
+demo: .venv/ready  ## pictures from prompts, in out/demo/sheet.png
+	$(BIN)/python sample.py --out out/demo --prompts docs/demo_prompts.txt
+
+test: .venv/ready-dev lint  ## all tests
+	$(BIN)/python -m pytest -q
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+parity: .venv/ready-dev  ## compare every network with diffusers and transformers, SDXL at full size included
+	PYTHONPATH=. $(BIN)/python tests/parity.py --full
+
+miniature: .venv/ready  ## train the miniature again, from nothing
+	$(BIN)/python miniature.py
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv out

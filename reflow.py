@@ -1,0 +1,141 @@
+"""Time, windows, and how to walk through them: the mathematics that sampling and training share.
+
+One time convention throughout: tau is an integer, 1000 is pure noise and 0 the image; t = tau / 1000. Time is cut into
+K windows; a window runs from its start tau_s (the noisy side) to its end tau_e < tau_s, and tau belongs to it if
+tau_e < tau <= tau_s. Other conventions in use:
+
+    a pretrained diffusion network's own index        tau - 1, from 999 (noise) to 0
+    PeRFlow, and the flows trained here               tau
+    rectified flow, InstaFlow                         1 - t: 0 is noise, 1 the image
+
+Nothing here knows of Stable Diffusion. Functions take tensors, and networks as callables (z, tau) -> tensor.
+Shapes: z (B, ...), one latent per sample; tau (B,) int64, so that the samples of a batch may lie in different windows.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NOISE = 1000  # tau of pure noise
+Network = Callable[[Tensor, Tensor], Tensor]  # (z, tau) -> predicted noise, or velocity
+
+
+def borders(windows: int) -> list[int]:
+    """The borders of K windows, from noise to image: [1000, ..., 0], K + 1 numbers."""
+    return [round(NOISE * k / windows) for k in range(windows, -1, -1)]
+
+
+@functools.cache  # made once: a transfer in every step would keep a GPU waiting
+def rising_borders(windows: int, device: torch.device) -> Tensor:
+    return torch.tensor(borders(windows)[::-1], device=device)
+
+
+def window_of(tau: Tensor, windows: int) -> tuple[Tensor, Tensor]:
+    """(start, end) of the window that each tau lies in: end < tau <= start."""
+    rising = rising_borders(windows, tau.device)
+    k = torch.bucketize(tau.contiguous(), rising)  # rising[k - 1] < tau <= rising[k]
+    return rising[k], rising[k - 1]
+
+
+def alpha_bar(alphas_cumprod: Tensor, tau: Tensor) -> Tensor:
+    """Share of the signal's variance that is left at tau; tau = 0 shares the first entry of the table with tau = 1."""
+    return alphas_cumprod[(tau - 1).clamp(min=0)]
+
+
+def along(coefficient: Tensor, z: Tensor) -> Tensor:
+    """A number per sample, (B,), made to multiply z, (B, ...)."""
+    return coefficient.view(-1, *[1] * (z.ndim - 1))
+
+
+def jump(a_s: Tensor, a_e: Tensor, form: str = "ddim_eps") -> tuple[Tensor, Tensor]:
+    """(lambda, eta) of z_e = lambda z_s + eta eps: from start to end in one go, given the noise eps.
+
+    "ddim_eps" is the deterministic DDIM step (Song et al. 2021, equation 12). "diff_eps" is the form of PeRFlow's SD1.5
+    weights, whose eps is another quantity: gamma^2 = a_s / a_e, lambda = 1 / gamma, eta = -sqrt(1 - gamma^2) / gamma.
+    """
+    lam = (a_e / a_s).sqrt()
+    if form == "diff_eps":
+        return lam, -(1 - a_s / a_e).sqrt() * lam
+    return lam, (1 - a_e).sqrt() - lam * (1 - a_s).sqrt()
+
+
+def ddim(epsilon: Network, z: Tensor, alphas_cumprod: Tensor, grid: Tensor) -> Tensor:
+    """Solve a diffusion model's path by DDIM steps, from each entry of the grid to the next.
+
+    epsilon: (z, tau) -> noise. grid: falling taus, (N + 1,), or (N + 1, B) where samples differ. N evaluations.
+    """
+    grid = grid.to(z.device).view(len(grid), -1).expand(-1, len(z))
+    for tau, following in zip(grid, grid[1:]):
+        lam, eta = jump(alpha_bar(alphas_cumprod, tau), alpha_bar(alphas_cumprod, following))
+        z = along(lam, z) * z + along(eta, z) * epsilon(z, tau)
+    return z
+
+
+def dpm_solver(epsilon: Network, z: Tensor, alphas_cumprod: Tensor, grid: Tensor) -> Tensor:
+    """The same path with DPM-Solver++ 2M (Lu et al. 2022, "DPM-Solver++", algorithm 2), for sampling in few steps.
+
+    It predicts the image and extrapolates linearly from the last two predictions, in lambda = log(signal / noise).
+    The last step is of first order, as is usual for fewer than 15 steps. grid: falling taus, (N + 1,). N evaluations.
+    """
+    a = alpha_bar(alphas_cumprod, grid.to(z.device))
+    signal, noise = a.sqrt(), (1 - a).sqrt()
+    lam = (signal / noise).log()
+    steps = len(grid) - 1
+    before = None
+    for i in range(steps):
+        image = (z - noise[i] * epsilon(z, grid[i].to(z.device).expand(len(z)))) / signal[i]
+        h = lam[i + 1] - lam[i]
+        if i == 0 or i == steps - 1:
+            guess = image
+        else:
+            guess = image + (image - before) * h / (2 * (lam[i] - lam[i - 1]))
+        z = noise[i + 1] / noise[i] * z - signal[i + 1] * torch.expm1(-h) * guess
+        before = image
+    return z
+
+
+def as_velocity(epsilon: Network, alphas_cumprod: Tensor, windows: int, form: str = "ddim_eps") -> Network:
+    """A flow whose network predicts eps, as a velocity field (z, tau) -> v.
+
+    Inside a window the path is the straight line z_t = (1 - r) z_s + r z_e, r = (t_s - t) / (t_s - t_e), along which
+    v = (z_e - z_s) / (t_e - t_s) is constant. With z_e = lambda z_s + eta eps, and z_s eliminated:
+
+        v = ((lambda - 1) z_t + eta eps) / ((t_e - t_s) (1 - r + r lambda))
+    """
+
+    def velocity(z: Tensor, tau: Tensor) -> Tensor:
+        start, end = window_of(tau, windows)
+        lam, eta = jump(alpha_bar(alphas_cumprod, start), alpha_bar(alphas_cumprod, end), form)
+        r = (start - tau).to(lam.dtype) / (start - end)
+        scale = NOISE / ((end - start) * (1 - r + r * lam))
+        return along((lam - 1) * scale, z) * z + along(eta * scale, z) * epsilon(z, tau)
+
+    return velocity
+
+
+def sampling_grid(steps: int, windows: int) -> Tensor:
+    """Where `steps` Euler steps through all windows begin and end: falling taus, (steps + 1,).
+
+    Every window gets steps // windows of them, the noisiest ones one more until all are given out; within a window
+    they are equally long, up to rounding. Raises ValueError for fewer steps than windows.
+    """
+    if steps < windows:
+        raise ValueError(f"{steps} steps are fewer than the flow's {windows} windows; take at least {windows} steps")
+    grid = [NOISE]
+    for k, (start, end) in enumerate(zip(borders(windows), borders(windows)[1:])):
+        n = steps // windows + (k < steps % windows)
+        grid += [round(start + (end - start) * i / n) for i in range(1, n + 1)]
+    return torch.tensor(grid)
+
+
+def euler(velocity: Network, z: Tensor, grid: Tensor) -> Tensor:
+    """Walk along a velocity field: z + (t' - t) v, from each entry of the grid to the next.
+
+    grid: falling taus, (N + 1,), or (N + 1, B) where samples differ. N evaluations.
+    """
+    grid = grid.to(z.device).view(len(grid), -1).expand(-1, len(z))
+    for tau, following in zip(grid, grid[1:]):
+        z = z + along((following - tau).to(z.dtype) / NOISE, z) * velocity(z, tau)
+    return z

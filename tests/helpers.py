@@ -1,0 +1,154 @@
+"""What several tests use: small models with the structure of the official ones, made by the reference libraries."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from checkpoint import InputError
+
+MERGES = ["t h", "th e</w>", "r e", "re d</w>", "c a", "ca t</w>", "a</w> b", "i n", "o n</w>"]
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@torch.no_grad()
+def randomize(module, seed):
+    """Random weights under which every tensor matters: a wrong, swapped or forgotten one changes the result.
+
+    Fresh networks will not do: their biases are 0 and their norms' weights 1, so that two can change places unseen.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+    for name, weight in module.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if id(weight) in embeddings:
+            noise = 0.5 * noise
+        elif weight.dim() >= 2:
+            noise = noise / weight[0].numel() ** 0.5  # keeps the scale of what passes through
+        elif name.endswith("weight"):
+            noise = 1 + 0.2 * noise  # norms
+        else:
+            noise = 0.1 * noise
+        weight.copy_(noise)
+    return module.eval().requires_grad_(False)
+
+def write_tokenizer(folder, pad_token=END, old=True):
+    """A CLIP tokenizer with few words, in the files published in 2022 (`old`) or as the library writes them today."""
+    letters = sorted(ByteLevel.alphabet())  # "!" is the first, as in the official vocabulary
+    tokens = letters + [letter + "</w>" for letter in letters] + [m.replace(" ", "") for m in MERGES] + [BEGIN, END]
+    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": pad_token}
+    settings = special | {"model_max_length": 77, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n", encoding="utf-8")
+    write(folder / "tokenizer_config.json", settings)
+    write(folder / "special_tokens_map.json", special)
+    if not old:
+        CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
+        (folder / "vocab.json").unlink()
+        (folder / "merges.txt").unlink()
+    return folder
+
+
+def refusal(call, *args, **kwargs):
+    """The message of the InputError that a call must end with: one line."""
+    with pytest.raises(InputError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def edit(path, **settings):
+    """Change settings of a JSON file; None takes one out."""
+    content = {k: v for k, v in (read(path) | settings).items() if v is not None}
+    write(path, content)
+
+
+def rewrite(file, change):
+    """Put `change(tensors)` in the place of a safetensors file's tensors."""
+    tensors = change(load_file(file))
+    file.unlink()
+    save_file(tensors, file, {"format": "pt"})
+
+
+def same(tensors, others):
+    """Are two state dicts the same, bit for bit?"""
+    return tensors.keys() == others.keys() and all(
+        tensors[key].dtype == others[key].dtype and torch.equal(tensors[key], others[key]) for key in tensors
+    )
+
+
+VOCABULARY = 2 * 256 + len(MERGES) + 2
+TEXT = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "projection_dim": 32, "bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1,
+    "pad_token_id": VOCABULARY - 1,
+}  # fmt: skip
+TEXT_2 = TEXT | {"hidden_size": 48, "intermediate_size": 192, "projection_dim": 48, "hidden_act": "gelu"}
+UNET = {
+    "block_out_channels": (8, 16, 32, 32), "norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 32,
+    "sample_size": 8,
+}  # fmt: skip
+UNET_XL = {
+    "block_out_channels": (8, 16, 32), "norm_num_groups": 4, "attention_head_dim": (1, 2, 4),
+    "cross_attention_dim": 80, "sample_size": 8, "transformer_layers_per_block": (1, 1, 2),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 96,
+}  # fmt: skip
+VAE = {
+    "block_out_channels": (8, 16, 32, 32), "norm_num_groups": 4, "layers_per_block": 2, "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "force_upcast": False,
+}  # fmt: skip
+
+
+def scheduler():
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False,
+        clip_sample=False,
+    )  # fmt: skip
+
+
+def sd15_pipeline(folder):
+    """SD1.5 in small: four resolutions, three of them with cross-attention, one text encoder."""
+    return StableDiffusionPipeline(
+        unet=randomize(UNet2DConditionModel(**UNET), 1),
+        vae=randomize(AutoencoderKL(**VAE), 2),
+        text_encoder=randomize(CLIPTextModel(CLIPTextConfig(**TEXT)), 3),
+        tokenizer=CLIPTokenizer.from_pretrained(write_tokenizer(folder)),
+        scheduler=scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def sdxl_pipeline(folder):
+    """SDXL in small: deeper transformers with linear projections, two text encoders, the text's and sizes' embedding."""
+    return StableDiffusionXLPipeline(
+        unet=randomize(UNet2DConditionModel(**UNET_XL), 4),
+        vae=randomize(AutoencoderKL(**VAE | {"force_upcast": True, "scaling_factor": 0.13025}), 5),
+        text_encoder=randomize(CLIPTextModel(CLIPTextConfig(**TEXT)), 6),
+        text_encoder_2=randomize(CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2)), 7),
+        tokenizer=CLIPTokenizer.from_pretrained(write_tokenizer(folder / "1")),
+        tokenizer_2=CLIPTokenizer.from_pretrained(write_tokenizer(folder / "2", pad_token="!")),
+        scheduler=scheduler(), force_zeros_for_empty_prompt=True, add_watermarker=False,
+    )  # fmt: skip

@@ -1,0 +1,49 @@
+"""The VAE: its tensors are the official ones, and what its interface promises."""
+
+import diffusers
+import pytest
+import torch
+from helpers import randomize
+from parity import draw, without_class
+
+import convert
+from checkpoint import InputError, build, read_config
+from vae import VAE, VAEConfig
+
+SMALL = convert.SD15["vae"] | {"block_out_channels": [32, 32, 64, 64]}
+
+
+def test_names_and_shapes_of_all_tensors_are_the_official_ones():
+    ours = build(VAE, read_config(VAEConfig, convert.SD15["vae"], "vae")).state_dict()
+    with torch.device("meta"):
+        theirs = diffusers.AutoencoderKL(**without_class(convert.SD15["vae"])).state_dict()
+    assert {name: w.shape for name, w in ours.items()} == {name: w.shape for name, w in theirs.items()}
+    assert (sum(w.numel() for w in ours.values()), len(ours)) == (83_653_863, 248)
+
+
+def test_latents_are_eight_times_smaller_than_the_picture():
+    vae = randomize(VAE(read_config(VAEConfig, SMALL, "vae")), 0)
+    mean, log_variance = vae.encode(draw(2, 3, 64, 40))
+    assert mean.shape == log_variance.shape == (2, 4, 8, 5)
+    assert vae.decode(mean).shape == (2, 3, 64, 40)
+
+
+def test_log_variance_stays_where_its_exponential_is_finite():
+    vae = randomize(VAE(read_config(VAEConfig, SMALL, "vae")), 0)
+    vae.quant_conv.bias[4:] = torch.tensor([1e4, -1e4, 1e4, -1e4])
+    _, log_variance = vae.encode(draw(1, 3, 32, 32))
+    assert log_variance.min() == -30 and log_variance.max() == 20
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"use_quant_conv": False}, "use_quant_conv = False is not supported, only True"),
+        ({"shift_factor": 0.1}, "shift_factor = 0.1 is not supported"),
+        ({"latents_mean": [0, 0, 0, 0]}, "latents_mean"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "block type 'AttnDownEncoderBlock2D'"),
+    ],
+)
+def test_a_setting_that_is_not_supported_is_refused_by_name(change, message):
+    with pytest.raises(InputError, match=message):
+        read_config(VAEConfig, SMALL | change, "vae")
