@@ -10,6 +10,7 @@ Read `model.py` first; this is what its `load` and `save` stand on. Where names 
 import dataclasses
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -27,7 +28,10 @@ class InputError(ValueError):
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no names and values in braces")
+        return content
     except FileNotFoundError:
         raise InputError(f"{path} is missing; a model folder in the official layout has it") from None
     except (OSError, ValueError) as error:
@@ -41,12 +45,14 @@ def read_config(config_class: type, settings: dict, where: str):
     """
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for name, value in settings.items():
-        if value is None or name.startswith("_") or name in fields:
+        if value is None or name.startswith("_"):
             continue
-        if name not in config_class.ONLY:
+        if name not in fields and name not in config_class.ONLY:
             raise InputError(f"{where}: {name} = {value!r} is not supported: we do not know this setting")
-        if config_class.ONLY[name] not in (value, ...):
-            raise InputError(f"{where}: {name} = {value!r} is not supported, only {config_class.ONLY[name]!r}")
+        allowed = config_class.ONLY.get(name, ...)
+        if allowed is not ... and not set(as_tuple(value)) <= set(as_tuple(allowed)):
+            only = " and ".join(map(repr, as_tuple(allowed)))
+            raise InputError(f"{where}: {name} = {value!r} is not supported, only {only}")
     for name, field in fields.items():
         if settings.get(name) is None and field.default is dataclasses.MISSING:
             raise InputError(f"{where}: {name} is missing")
@@ -54,6 +60,10 @@ def read_config(config_class: type, settings: dict, where: str):
         return config_class(**{name: settings[name] for name in fields if settings.get(name) is not None})
     except (ValueError, TypeError) as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def as_tuple(value) -> tuple:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def refuse_pickle(path: Path) -> None:
@@ -89,8 +99,11 @@ def find_tensors(folder: Path, stem: str, dtype: torch.dtype | None) -> dict[str
             continue
         if file.suffix == ".safetensors":
             return dict.fromkeys(tensor_names(file), file)
-        shards = sorted(set(read_json(file)["weight_map"].values()))
-        return {name: folder / shard for shard in shards for name in tensor_names(folder / shard)}
+        try:
+            shards = [folder / shard for shard in sorted(set(read_json(file)["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError):
+            raise InputError(f"{file} is no index: it has no weight_map of tensors to files; fetch it again") from None
+        return {name: shard for shard in shards for name in tensor_names(shard)}
     for file in sorted(folder.glob("*")):
         if file.suffix in PICKLES:
             refuse_pickle(file)
@@ -120,13 +133,13 @@ def assign(
     state = {}
     todo = sorted(empty, key=lambda key: (files[sources[key][0]], sources[key][0]))
     # A few tensors at a time: where they have to be converted, the mapped pages they come from then leave memory.
-    for few in (todo[i : i + 32] for i in range(0, len(todo), 32)):
+    for few in (todo[i : i + 24] for i in range(0, len(todo), 24)):
         for file in {files[sources[key][0]] for key in few}:
             with safe_open(file, framework="pt") as tensors:
                 for key in few:
                     name, view = sources[key]
                     if files[name] == file:
-                        state[key] = view(tensors.get_tensor(name)).to(device, dtype or None)
+                        state[key] = view(tensors.get_tensor(name)).to(device, dtype)
     network.load_state_dict(state, strict=True, assign=True)
 
 
@@ -168,9 +181,8 @@ def write_json(path: Path, content: dict) -> None:
 
 def replace_folder(aside: Path, path: Path) -> None:
     """Move a finished folder into its place, where an older one may be."""
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = Path(tempfile.mkdtemp(prefix=f"{path.name}.old-", dir=path.parent))
     if path.exists():
-        path.rename(old)
+        path.rename(old / path.name)
     aside.rename(path)
     shutil.rmtree(old, ignore_errors=True)

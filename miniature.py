@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -28,6 +29,8 @@ from tqdm import tqdm
 
 import checkpoint
 import convert
+import fid
+import sample
 import scenes
 from clip_score import ClipVision, ClipVisionConfig
 from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer, clip_bpe
@@ -156,7 +159,11 @@ def make_tokenizer(folder: Path) -> Tokenizer:
 
 
 def train_vae(args: argparse.Namespace) -> tuple[VAE, dict]:
-    """Reconstruction error (L1) plus a weak pull of the latents towards a standard normal (KL divergence)."""
+    """Reconstruction error (L1) plus a weak pull of the latents towards a standard normal (KL divergence).
+
+    The pull grows with the steps: at full strength from the start, it silences channels before they are of use.
+    """
+    iterations = args.iters or 9000
     torch.manual_seed(0)
     vae = VAE(settings_of(VAEConfig, VAE_SETTINGS)).to(args.device)
 
@@ -165,12 +172,12 @@ def train_vae(args: argparse.Namespace) -> tuple[VAE, dict]:
         mean, log_variance = vae.encode(images)
         decoded = vae.decode(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-        return (decoded.float() - images).abs().mean() + 1e-5 * kl.float().mean()
+        return (decoded.float() - images).abs().mean() + 3e-4 * step / iterations * kl.float().mean()
 
     def data(first: int, count: int):
         return batches(TRAIN, first, count, 16, args.workers)
 
-    average = fit("vae", vae, loss_of, data, args, args.iters or 8000, lr=2e-3, low_precision=True)
+    average = fit("vae", vae, loss_of, data, args, iterations, lr=2e-3, low_precision=True)
     images = torch.stack([Scenes(TRAIN)[i][0] for i in range(512)]).to(args.device)
     with torch.no_grad():
         scale = 1 / average.encode(images)[0].std().item()
@@ -193,9 +200,9 @@ def train_clip(tokenizer: Tokenizer, args: argparse.Namespace) -> Clip:
     """Of all pictures in a batch, which is each caption's, and the reverse (Radford et al. 2021, figure 3)."""
     torch.manual_seed(0)
     clip = Clip()
-    for name, weight in clip.named_parameters():  # CLIP's own small start; the default embeddings are far too large
-        if "embedding" in name:
-            nn.init.normal_(weight, std=0.02)
+    for name, weight in clip.named_parameters():  # CLIP's own start: the default would drown tokens in their places
+        if "token_embedding" in name or "position_embedding" in name:
+            nn.init.normal_(weight, std=0.02 if name.startswith("text") else weight.shape[1] ** -0.5)
     clip.to(args.device)
 
     def loss_of(batch, step: int) -> Tensor:
@@ -209,9 +216,9 @@ def train_clip(tokenizer: Tokenizer, args: argparse.Namespace) -> Clip:
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     def data(first: int, count: int):
-        return batches(TRAIN, first, count, 256, args.workers)
+        return batches(TRAIN, first, count, 64, args.workers)
 
-    return fit("clip", clip, loss_of, data, args, args.iters or 2000, lr=1e-3, low_precision=True)
+    return fit("clip", clip, loss_of, data, args, args.iters or 4000, lr=1e-3, low_precision=True)
 
 
 @torch.no_grad()
@@ -281,9 +288,8 @@ def settings_of(config_class: type, settings: dict):
 def train(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(args.work / "tokenizer")
-    TEXT_SETTINGS.update(
-        vocab_size=tokenizer.end + 1, bos_token_id=tokenizer.begin, eos_token_id=tokenizer.end, pad_token_id=tokenizer.end
-    )
+    begin, end = tokenizer.begin, tokenizer.end
+    TEXT_SETTINGS.update(vocab_size=end + 1, bos_token_id=begin, eos_token_id=end, pad_token_id=end)
     if args.part == "vae":
         train_vae(args)
         return
@@ -297,7 +303,8 @@ def train(args: argparse.Namespace) -> None:
         "model_index": convert.SD15["model_index"], "scheduler": convert.SCHEDULER, "unet": UNET_SETTINGS,
         "vae": vae_settings, "text_encoder": TEXT_SETTINGS | {"architectures": ["CLIPTextModel"]},
     }  # fmt: skip
-    networks = {"unet": UNet(settings_of(UNetConfig, UNET_SETTINGS)).to(args.device), "vae": vae, "text_encoder": clip.text}
+    unet = UNet(settings_of(UNetConfig, UNET_SETTINGS)).to(args.device)
+    networks = {"unet": unet, "vae": vae, "text_encoder": clip.text}
     sd = StableDiffusion(networks, [tokenizer], configs)
     networks["unet"] = train_unet(sd, args)
     for name in networks:
@@ -322,6 +329,71 @@ def save_clip(clip: Clip, tokenizer: Tokenizer, folder: Path) -> None:
     checkpoint.replace_folder(aside, folder)
 
 
+def pictures_of(
+    sd: StableDiffusion, prompts: list[str], steps: int, guidance: float, seed: int
+) -> Iterator[np.ndarray]:
+    """Pictures of the prompts by DDIM, uint8 (64, 64, 3), one after the other; picture i has noise (seed, i)."""
+    for first in tqdm(range(0, len(prompts), 100), desc=f"{steps} steps, guidance {guidance:g}", leave=False):
+        few = prompts[first : first + 100]
+        indices = list(range(first, first + len(few)))
+        yield from sample.generate(sd, few, steps, guidance, seed, sampler="ddim", indices=indices)
+
+
+def accuracy(sd: StableDiffusion, steps: int, guidance: float, seed: int, named: int, count: int) -> float:
+    """Share of prompts that name one or two items of which the picture shows all that they say."""
+    prompts = [scenes.prompt(seed, i, named) for i in range(count)]
+    pictures = pictures_of(sd, prompts, steps, guidance, seed)
+    return sum(scenes.judge(picture, prompt) for picture, prompt in zip(pictures, prompts)) / count
+
+
+@torch.no_grad()
+def statistics(pictures: Iterator[np.ndarray], vision: ClipVision) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of the pictures' features in the miniature's own CLIP."""
+    images = torch.from_numpy(np.stack(list(pictures))).permute(0, 3, 1, 2)
+    features = torch.cat([vision(few.float() / 127.5 - 1) for few in images.split(200)]).double().numpy()
+    return features.mean(axis=0), np.cov(features, rowvar=False)
+
+
+def load_vision(folder: Path) -> ClipVision:
+    """The vision tower of the CLIP folder that `train` wrote."""
+    settings = checkpoint.read_json(folder / "config.json")["vision_config"]
+    vision = checkpoint.build(ClipVision, settings_of(ClipVisionConfig, settings))
+    files = checkpoint.find_tensors(folder, "model", None)
+    files = {name: file for name, file in files.items() if name.startswith("vis")}
+    sources = {key: (key, convert.as_stored) for key in vision.state_dict()}
+    checkpoint.assign(vision, sources, files, "cpu", torch.float32, str(folder))
+    return vision
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Choose the guidance on validation prompts, then report on test prompts."""
+    sd = StableDiffusion.load(args.out, args.device)
+    count = args.count
+    scores = {}
+    for guidance in (1.0, 2.0, 3.0, 4.0, 5.0, 7.0):
+        scores[guidance] = [accuracy(sd, 32, guidance, VALIDATION, named, count // 4) for named in (1, 2)]
+        print(f"validation, guidance {guidance:g}: one item {scores[guidance][0]:.1%}, two {scores[guidance][1]:.1%}")
+    best = max(scores, key=lambda guidance: sum(scores[guidance]))
+
+    vision = load_vision(args.clip)
+    drawn = [statistics((scenes.sample(TEST, i)[0] for i in part), vision) for part in split(5 * count)]
+    floor = fid.frechet_distance(*drawn[0], *drawn[1])
+    captions = [scenes.sample(TEST, i)[1] for i in range(5 * count)]
+    print(f"test, guidance {best:g}; accuracy over {count} prompts a kind, Frechet distance over {5 * count} pictures")
+    print(f"(features of the miniature's CLIP; two sets of drawn scenes are {floor:.3f} apart)")
+    print("| DDIM steps | one item | two items | Frechet distance |\n|---|---|---|---|")
+    for steps in (32, 16, 8, 4):
+        right = [accuracy(sd, steps, best, TEST, named, count) for named in (1, 2)]
+        made = statistics(pictures_of(sd, captions, steps, best, TEST), vision)
+        print(
+            f"| {steps} | {right[0]:.1%} | {right[1]:.1%} | {fid.frechet_distance(*made, *drawn[0]):.3f} |", flush=True
+        )
+
+
+def split(count: int) -> tuple[range, range]:
+    return range(count), range(count, 2 * count)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "weights/miniature", help="the model folder to write")
@@ -329,12 +401,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "out/miniature", help="checkpoints, to resume from")
     parser.add_argument("--part", choices=["vae", "clip", "all"], default="all", help="train only this part")
     parser.add_argument("--iters", type=int, help="training steps of each part, instead of the default; for a taste")
+    parser.add_argument("--evaluate", action="store_true", help="do not train; measure what is in --out")
+    parser.add_argument("--count", type=int, default=1000, help="with --evaluate: prompts of each kind")
     parser.add_argument("--batch-size", type=int, default=64, help="of the UNet")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
     args = parser.parse_args()
     try:
-        train(args)
+        evaluate(args) if args.evaluate else train(args)
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
 

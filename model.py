@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -54,12 +55,13 @@ class StableDiffusion:
     def windows(self) -> int | None:
         """Number of time windows of a flow; None for a diffusion model."""
         scheduler = self.configs["scheduler"]
-        return scheduler.get("num_time_windows", 4) if scheduler["_class_name"] == "PeRFlowScheduler" else None
+        return scheduler.get("num_time_windows", 4) if is_flow(scheduler) else None
 
     @property
     def prediction_type(self) -> str:
         """What the UNet predicts: "epsilon" (diffusion), "ddim_eps" or "diff_eps" (flows; see `reflow.py`)."""
-        return self.configs["scheduler"].get("prediction_type", "epsilon")
+        scheduler = self.configs["scheduler"]
+        return scheduler.get("prediction_type", "ddim_eps" if is_flow(scheduler) else "epsilon")
 
     @property
     def downscale(self) -> int:
@@ -122,7 +124,7 @@ class StableDiffusion:
     ) -> "StableDiffusion":
         """Load a model folder, or a single `.safetensors` file of SD1.5 or SDXL.
 
-        dtype None keeps that of the file. The VAE of a model that overflows float16 is then kept in float32.
+        dtype None keeps that of the file. In float16, a VAE that overflows there is kept in float32.
         tokenizer: folder of the tokenizer(s), instead of the model folder's own; single files need one.
         All networks come frozen and in eval mode. Raises InputError.
         """
@@ -133,23 +135,29 @@ class StableDiffusion:
         for name in files:
             network_class, config_class, _ = NETWORKS[name]
             config = checkpoint.read_config(config_class, configs[name], f"{path}: {name} config")
-            network = checkpoint.build(network_class, config)
+            try:
+                network = checkpoint.build(network_class, config)
+            except (ValueError, TypeError, RuntimeError) as error:
+                raise InputError(f"{path}: {name} config: {error}") from None
             keys = network.state_dict().keys()
             if family:
                 sources = convert.sources_in_single_file(family, name, keys)
             else:
                 sources = convert.sources_in_folder(name, keys, files[name].keys())
-            overflows = name == "vae" and dtype == torch.float16 and config.force_upcast
-            kept = torch.float32 if overflows else dtype
+            kept = kept_dtype(dtype, configs[name])
             checkpoint.assign(network, sources, files[name], device, kept, f"{path}: {name}")
             networks[name] = network
         check_fit(networks, configs, path)
         tokenizers = load_tokenizers(Path(tokenizer or path), two="text_encoder_2" in networks)
+        for tokenize, name in zip(tokenizers, ("text_encoder", "text_encoder_2")):
+            tokens, rows = tokenize.bpe.get_vocab_size(), networks[name].cfg.vocab_size
+            if tokens != rows:
+                raise InputError(f"{tokenizer or path}: the tokenizer knows {tokens} tokens, the {name} {rows}")
         return cls(networks, tokenizers, configs)
 
     def save(self, path: str | Path) -> None:
         """Write a model folder that `load`, diffusers and transformers open. It appears whole or not at all."""
-        path = Path(path)
+        path = Path(path).resolve()
         if path.exists() and not (path / "model_index.json").exists():
             raise InputError(f"{path} exists and is not a model folder; remove it, or choose another place")
         aside = path.with_name(path.name + ".partial")
@@ -160,24 +168,35 @@ class StableDiffusion:
                 checkpoint.write_json(aside / (file or f"{name}/config.json"), config)
             for name, network in self.networks.items():
                 # transformers reads a weight file only if its metadata says which framework wrote it
-                save_file(network.state_dict(), aside / name / f"{NETWORKS[name][2]}.safetensors", {"format": "pt"})
+                tensors = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+                save_file(tensors, aside / name / f"{NETWORKS[name][2]}.safetensors", {"format": "pt"})
             for tokenizer, folder in zip(self.tokenizers, ("tokenizer", "tokenizer_2")):
                 for name, content in tokenizer.files.items():
                     (aside / folder).mkdir(exist_ok=True)
                     (aside / folder / name).write_bytes(content)
             checkpoint.replace_folder(aside, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise InputError(f"cannot write {path}: {error}") from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_folder(path: Path, dtype: torch.dtype | None) -> tuple[dict[str, dict], dict[str, dict[str, Path]]]:
     """Settings of a model folder's parts, and for each of its networks the file of every tensor."""
     configs = {"model_index": checkpoint.read_json(path / "model_index.json")}
     configs["scheduler"] = checkpoint.read_json(path / "scheduler/scheduler_config.json")
-    names = [name for name in NETWORKS if name != "text_encoder_2" or configs["model_index"].get(name, [None])[0]]
+    names = [name for name in NETWORKS if name != "text_encoder_2" or (configs["model_index"].get(name) or [None])[0]]
     for name in names:
         configs[name] = checkpoint.read_json(path / name / "config.json")
-    return configs, {name: checkpoint.find_tensors(path / name, NETWORKS[name][2], dtype) for name in names}
+    return configs, {
+        name: checkpoint.find_tensors(path / name, NETWORKS[name][2], kept_dtype(dtype, configs[name]))
+        for name in names
+    }
+
+
+def kept_dtype(dtype: torch.dtype | None, config: dict) -> torch.dtype | None:
+    """The dtype that a network is kept in when `dtype` is asked for: a VAE that overflows float16 stays in float32."""
+    return torch.float32 if dtype == torch.float16 and config.get("force_upcast") else dtype
 
 
 def family_of(file: Path) -> str:
@@ -223,13 +242,17 @@ def check_fit(networks: dict[str, nn.Module], configs: dict[str, dict], path: Pa
             f"{vae.latent_channels}; only text-to-image models are supported, not inpainting or editing ones"
         )
     scheduler = configs["scheduler"]
-    known = ("ddim_eps", "diff_eps") if scheduler.get("_class_name") == "PeRFlowScheduler" else ("epsilon",)
+    known = ("ddim_eps", "diff_eps") if is_flow(scheduler) else ("epsilon",)
     for name, values in {
         "prediction_type": known, "beta_schedule": ("scaled_linear",), "num_train_timesteps": (1000,),
         "trained_betas": (None,), "rescale_betas_zero_snr": (False, None),
     }.items():  # fmt: skip
         if scheduler.get(name, values[0]) not in values:
             raise InputError(f"{path}: scheduler {name} = {scheduler[name]!r} is not supported, only {values[0]!r}")
+
+
+def is_flow(scheduler: dict) -> bool:
+    return scheduler.get("_class_name") == "PeRFlowScheduler"
 
 
 def alphas_cumprod(scheduler: dict) -> Tensor:

@@ -34,6 +34,8 @@ def draw_noise(seed: int, indices: list[int], shape: tuple[int, ...]) -> Tensor:
 
     NumPy's, because it takes a pair as seed: torch's CPU generator uses only the lower 32 bits of one number.
     """
+    if not 0 <= seed < 2**32:  # a larger one is two words to NumPy, and could stand for another pair
+        raise InputError(f"seed must be from 0 to 2^32 - 1, not {seed}")
     draws = [np.random.default_rng((seed, i)).standard_normal(shape, dtype=np.float32) for i in indices]
     return torch.from_numpy(np.stack(draws))
 
@@ -97,6 +99,14 @@ def generate(
         solve = {"ddim": reflow.ddim, "dpm++": reflow.dpm_solver}[sampler]
         z = solve(epsilon, z, sd.alphas_cumprod, torch.tensor(reflow.borders(steps)))
     return ((sd.decode(z) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {device} cannot be used here ({reason}); cpu always can") from None
 
 
 def check_size(sd: StableDiffusion, size: int | None) -> int:
@@ -210,9 +220,10 @@ def run(args: argparse.Namespace) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     prompts = read_prompts(args.prompts) if args.prompts else args.prompt
     make_folder(args.out)
-    if args.n < 1 or args.batch_size < 1 or args.seed < 0:
-        raise InputError("--n and --batch-size must be at least 1, --seed at least 0")
+    if args.n < 1 or args.batch_size < 1:
+        raise InputError("--n and --batch-size must be at least 1")
     device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "float16"))
     sd = StableDiffusion.load(args.model, device, dtype, args.tokenizer)
     size, sampler = check_size(sd, args.size), check_sampler(sd, args.sampler, args.steps)
@@ -245,7 +256,8 @@ def run(args: argparse.Namespace) -> None:
     if rank == 0:
         shown = range(min(len(everything), 64))
         columns = args.n if 1 < args.n <= 8 else min(len(shown), 8)
-        sheet = contact_sheet([np.array(Image.open(file_of[i])) for i in shown], [everything[i] for i in shown], columns)
+        pictures = [np.array(Image.open(file_of[i])) for i in shown]
+        sheet = contact_sheet(pictures, [everything[i] for i in shown], columns)
         sheet.save(args.out / "sheet.partial", format="PNG")
         os.replace(args.out / "sheet.partial", args.out / "sheet.png")
         made = f"{len(everything)} pictures, {args.steps} steps of {SAMPLERS[sampler]}, guidance {args.guidance:g}"

@@ -32,15 +32,11 @@ class VAEConfig:
     force_upcast: bool = False  # its activations overflow float16: keep this network in float32
     sample_size: int | list[int] = 512
 
-    # Fields whose other values would need code that is not here. `None` is read as "not used" for every field.
+    # What a config may say, beside the fields above and null: other values would need code that is not here.
     ONLY: ClassVar[dict[str, object]] = {
+        "down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",),
         "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
     }  # fmt: skip
-
-    def __post_init__(self) -> None:
-        for kind in (*self.down_block_types, *self.up_block_types):
-            if kind not in ("DownEncoderBlock2D", "UpDecoderBlock2D"):
-                raise ValueError(f"block type {kind!r} is not supported, only DownEncoderBlock2D and UpDecoderBlock2D")
 
 
 def resnet(cfg: VAEConfig, in_channels: int, out_channels: int) -> ResnetBlock:

@@ -43,6 +43,7 @@ def randomize(module, seed):
         weight.copy_(noise)
     return module.eval().requires_grad_(False)
 
+
 def write_tokenizer(folder, pad_token=END, old=True):
     """A CLIP tokenizer with few words, in the files published in 2022 (`old`) or as the library writes them today."""
     letters = sorted(ByteLevel.alphabet())  # "!" is the first, as in the official vocabulary

@@ -1,6 +1,6 @@
 """checkpoint.py: whichever official form the files have, the same tensors arrive; anything else is refused by name."""
 
-import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +108,7 @@ def test_settings_that_we_do_not_know_are_refused_by_name(sd15_copy):
         ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim = 256 is not supported"),
         ("unet", {"down_block_types": ["AttnDownBlock2D"] * 4}, "block type 'AttnDownBlock2D' is not supported"),
         ("unet", {"attention_head_dim": [2, 2, 2]}, "attention_head_dim has 3 entries, block_out_channels has 4"),
+        ("unet", {"norm_num_groups": 3}, "num_channels (8) must be divisible by num_groups (3)"),
         ("unet", {"cross_attention_dim": None}, "cross_attention_dim is missing"),
         ("vae", {"latents_mean": [0, 0, 0, 0]}, "latents_mean = [0, 0, 0, 0] is not supported"),
         ("text_encoder", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
@@ -145,9 +146,9 @@ def test_a_tensor_too_many_is_named(sd15_copy):
 
 
 def test_of_misshapen_tensors_the_first_are_named_with_both_shapes(sd15_copy):
-    edit(sd15_copy / "unet/config.json", block_out_channels=[8, 16, 32, 64])
+    edit(sd15_copy / "text_encoder/config.json", intermediate_size=64)
     message = refusal(load, sd15_copy)
-    assert "down_blocks.3.resnets.0.norm2.weight is (32,), should be (64,)" in message
+    assert "9 of another shape (encoder.layers.0.mlp.fc1.weight is (128, 32), should be (64, 32), " in message
     assert message.count("should be") == 3 and message.endswith(", ...)")
 
 
@@ -242,8 +243,6 @@ print((kilobytes("VmHWM") - before) * 1024 / sum(p.nbytes for p in weights))
 @pytest.fixture(scope="module")
 def large(sd15, tmp_path_factory):
     """fp32 and fp16 folders whose UNet has SD1.5's structure at a quarter of its width: 54 million weights."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("large")
     for dtype in torch.float32, torch.float16:
         path = shutil.copytree(sd15, folder / str(dtype))
@@ -251,7 +250,9 @@ def large(sd15, tmp_path_factory):
         edit(path / "unet/config.json", **settings)
         config = checkpoint.read_config(UNetConfig, read(path / "unet/config.json"), "unet")
         network = checkpoint.build(UNet, config)
-        save_file({k: torch.ones(t.shape, dtype=dtype) for k, t in network.state_dict().items()}, path / "unet" / UNET_FILE)
+        save_file(
+            {k: torch.ones(t.shape, dtype=dtype) for k, t in network.state_dict().items()}, path / "unet" / UNET_FILE
+        )
         for file in path / "vae" / UNET_FILE, path / "text_encoder" / TEXT_FILE:
             rewrite(file, lambda tensors, dtype=dtype: {name: tensor.to(dtype) for name, tensor in tensors.items()})
     yield folder

@@ -175,7 +175,7 @@ def test_the_penultimate_output_skips_the_last_layer_and_the_norm():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported, only quick_gelu and gelu"),
+        ({"hidden_act": "relu"}, "hidden_act = 'relu' is not supported, only 'quick_gelu' and 'gelu'"),
         ({"model_type": "t5"}, "model_type = 't5' is not supported, only 'clip_text_model'"),
         ({"rotary": True}, "rotary = True is not supported: we do not know this setting"),
     ],

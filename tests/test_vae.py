@@ -41,7 +41,7 @@ def test_log_variance_stays_where_its_exponential_is_finite():
         ({"use_quant_conv": False}, "use_quant_conv = False is not supported, only True"),
         ({"shift_factor": 0.1}, "shift_factor = 0.1 is not supported"),
         ({"latents_mean": [0, 0, 0, 0]}, "latents_mean"),
-        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "block type 'AttnDownEncoderBlock2D'"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "only 'DownEncoderBlock2D'"),
     ],
 )
 def test_a_setting_that_is_not_supported_is_refused_by_name(change, message):

@@ -1,0 +1,111 @@
+"""Speed and memory, always as a ratio to what people would use instead, measured in the same run.
+
+    python bench.py load        load SD1.5 from a folder: seconds and peak memory, ours and diffusers'
+
+Needs requirements-dev.txt for the peers. Weights are random; only shapes and dtypes matter here.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import convert
+
+# Each side runs in a process of its own, prints seconds to load, seconds until every weight was read once, peak bytes.
+LOAD = {
+    "ours": """
+from model import StableDiffusion
+def load():
+    return StableDiffusion.load({folder!r}, dtype={dtype}).networks.values()
+""",
+    "diffusers": """
+import diffusers
+diffusers.utils.logging.disable_progress_bar()
+def load():
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained({folder!r}, torch_dtype={dtype})
+    return pipeline.unet, pipeline.vae, pipeline.text_encoder
+""",
+}
+MEASURE = """
+import json, resource, time, torch
+{imports}
+torch.ones(1).sum()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+networks = load()
+loaded = time.perf_counter() - start
+total = sum(weight.sum().item() for network in networks for weight in network.parameters())
+read = time.perf_counter() - start
+size = sum(w.numel() * w.element_size() for network in networks for w in network.parameters())
+peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(json.dumps([loaded, read, peak / size]))
+"""
+
+
+def make_sd15(folder: Path, dtype: str) -> None:
+    """SD1.5 with random weights, as diffusers writes it."""
+    import diffusers
+    import torch
+    import transformers
+
+    def plain(name: str) -> dict:
+        return {key: value for key, value in convert.SD15[name].items() if not key.startswith("_")}
+
+    to = getattr(torch, dtype)
+    diffusers.UNet2DConditionModel(**plain("unet")).to(to).save_pretrained(folder / "unet")
+    diffusers.AutoencoderKL(**plain("vae")).to(to).save_pretrained(folder / "vae")
+    text = transformers.CLIPTextConfig(**plain("text_encoder"))
+    transformers.CLIPTextModel(text).to(to).save_pretrained(folder / "text_encoder")
+    diffusers.DDIMScheduler(**plain("scheduler")).save_pretrained(folder / "scheduler")
+    miniature = Path(__file__).parent / "weights/miniature/tokenizer"  # any tokenizer will do
+    (folder / "tokenizer").mkdir()
+    for file in miniature.iterdir():
+        (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    (folder / "model_index.json").write_text(json.dumps(convert.SD15["model_index"]))
+
+
+def bench_load(args: argparse.Namespace) -> list[dict]:
+    rows = []
+    for stored, asked in (("float32", "float32"), ("float16", "float16"), ("float16", "float32")):
+        folder = args.work / f"sd15-{stored}"
+        if not (folder / "model_index.json").exists():
+            make_sd15(folder, stored)
+        results = {side: [] for side in LOAD}
+        for _ in range(args.runs):  # alternating, so that both meet the same machine
+            for side, imports in LOAD.items():
+                code = MEASURE.format(imports=imports.format(folder=str(folder), dtype=f"torch.{asked}"))
+                done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(done.stderr)
+                results[side].append(json.loads(done.stdout))
+        row = {"stored": stored, "asked": asked}
+        for i, name in enumerate(("load", "load and read", "peak / weights")):
+            ours, theirs = ([run[i] for run in results[side]] for side in LOAD)
+            row[name] = {"ours": statistics.median(ours), "diffusers": statistics.median(theirs)}
+            row[name] |= {"ratio": row[name]["ours"] / row[name]["diffusers"], "runs": [ours, theirs]}
+            print(
+                f"{stored} -> {asked}, {name}: ours {row[name]['ours']:.2f}, diffusers {row[name]['diffusers']:.2f}, "
+                f"ratio {row[name]['ratio']:.2f}",
+                flush=True,
+            )
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["load"])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path("out/bench"), help="where random models are kept (6 GB)")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    args = parser.parse_args()
+    rows = bench_load(args)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""From prompts to pictures: the same as diffusers' pipelines, and what the command line promises."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from helpers import edit, refusal
+from PIL import Image
+
+import reflow
+import sample
+from model import InputError, StableDiffusion
+
+ROOT = Path(sample.__file__).parent
+
+
+def command(*arguments, processes=1):
+    """Run sample.py as a user does."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*start, str(ROOT / "sample.py"), *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+    return done
+
+
+def run(monkeypatch, *arguments):
+    """The same within this process, which is faster: the exit code of sample.main()."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+    try:
+        sample.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def make_flow(folder):
+    """Declare a diffusion model to be a flow with 4 windows, which is what a student is before its first update."""
+    settings = {"_class_name": "PeRFlowScheduler", "num_time_windows": 4, "prediction_type": "ddim_eps"}
+    edit(folder / "scheduler/scheduler_config.json", **settings)
+
+
+PIPELINES = [
+    ("sd15", diffusers.DDIMScheduler, "ddim", {"timestep_spacing": "trailing"}),
+    ("sdxl", diffusers.DDIMScheduler, "ddim", {"timestep_spacing": "trailing"}),
+    (
+        "sd15", diffusers.DPMSolverMultistepScheduler, "dpm++",
+        {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min", "solver_order": 2},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model, scheduler, sampler, settings", PIPELINES, ids=["SD1.5 DDIM", "SDXL DDIM", "SD1.5 DPM++"]
+)
+@pytest.mark.parametrize("negative_prompt", [None, "the cat"])
+def test_a_whole_run_gives_the_pictures_of_diffusers(request, model, scheduler, sampler, settings, negative_prompt):
+    """Text to picture with guidance in 8 steps: 8 divides 1000, so that both walk the same grid of timesteps."""
+    pipeline = request.getfixturevalue(f"{model}_pipeline")
+    sd = StableDiffusion.load(request.getfixturevalue(model))
+    noise = sample.draw_noise(3, [0, 1], (4, 8, 8))
+    theirs = pipeline.__class__(
+        **pipeline.components | {"scheduler": scheduler.from_config(pipeline.scheduler.config, **settings)}
+    )
+    theirs.set_progress_bar_config(disable=True)
+    prompts = ["a red cat", "the cat in the red"]
+    expected = theirs(
+        prompts, negative_prompt=[negative_prompt] * 2 if negative_prompt else None, num_inference_steps=8,
+        guidance_scale=3.0, latents=noise, output_type="np", height=64, width=64,
+    ).images  # fmt: skip
+    pictures = sample.generate(
+        sd, prompts, 8, 3.0, negative_prompt=negative_prompt or "", sampler=sampler, latents=noise
+    )
+    assert pictures.shape == (2, 64, 64, 3) and pictures.dtype == np.uint8 and pictures.std() > 5
+    assert np.abs(pictures / 255 - expected).max() < 1.5 / 255  # at most one level, from rounding
+
+
+def test_a_flow_walks_its_windows(sd15_copy):
+    """With a step per window, a flow in form ddim_eps is DDIM with as many steps, but for its clock: tau, not tau - 1."""
+    diffusion = StableDiffusion.load(sd15_copy)
+    make_flow(sd15_copy)
+    flow = StableDiffusion.load(sd15_copy)
+    noise = sample.draw_noise(0, [0], (4, 8, 8))
+    with torch.no_grad():
+        epsilon = sample.guided_epsilon(diffusion, ["the cat"], 2.0, "", 64, 64)
+        z = reflow.ddim(lambda z, tau: epsilon(z, tau + 1), noise, flow.alphas_cumprod, torch.tensor(reflow.borders(4)))
+        expected = diffusion.decode(z)
+    picture = sample.generate(flow, ["the cat"], 4, 2.0, latents=noise)
+    assert np.abs(picture[0] - (expected[0].permute(1, 2, 0).numpy() + 1) * 127.5).max() < 1.01
+
+
+def test_a_picture_depends_on_seed_and_number_alone(sd15):
+    sd = StableDiffusion.load(sd15)
+    prompts = ["a red cat", "the cat", "a cat"]
+    together = sample.generate(sd, prompts, 3, 2.0, seed=5)
+    for i in (2, 0):
+        alone = sample.generate(sd, prompts[i : i + 1], 3, 2.0, seed=5, indices=[i])
+        assert np.abs(alone[0].astype(int) - together[i]).max() <= 1  # batched arithmetic may round otherwise
+    assert np.abs(sample.generate(sd, ["a cat"], 3, 2.0, seed=6, indices=[2])[0].astype(int) - together[2]).max() > 10
+
+
+def test_noise_is_new_for_every_seed_and_every_number():
+    draws = {
+        (seed, i): sample.draw_noise(seed, [i], (4, 8, 8)) for seed in (0, 1, 2**32 - 1) for i in (0, 1, 2**32 - 1)
+    }
+    values = [tuple(noise.flatten()[:3].tolist()) for noise in draws.values()]
+    assert len(set(values)) == len(values)
+    big = sample.draw_noise(0, list(range(50)), (4, 16, 16))
+    assert abs(big.mean()) < 0.02 and abs(big.std() - 1) < 0.02
+
+
+def test_guidance_of_one_is_the_model_alone(sd15):
+    sd = StableDiffusion.load(sd15)
+    z, tau = sample.draw_noise(0, [0], (4, 8, 8)), torch.tensor([500])
+    with torch.no_grad():
+        alone, nothing, guided = (
+            sample.guided_epsilon(sd, [prompt], scale, "", 64, 64)(z, tau)
+            for prompt, scale in [("the cat", 1), ("", 1), ("the cat", 3)]
+        )
+    torch.testing.assert_close(guided, nothing + 3 * (alone - nothing))
+
+
+def test_the_command_writes_pictures_that_know_how_they_were_made(sd15, tmp_path, monkeypatch):
+    arguments = [
+        "--model",
+        sd15,
+        "--prompt",
+        "a cat",
+        "the red",
+        "--n",
+        2,
+        "--steps",
+        2,
+        "--out",
+        tmp_path,
+        "--seed",
+        7,
+    ]
+    assert run(monkeypatch, *arguments, "--guidance", 2.5, "--negative-prompt", "日本") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"{i:05d}.png" for i in range(4)), "sheet.png"]
+    with Image.open(tmp_path / "00002.png") as image:
+        assert image.size == (64, 64) and image.mode == "RGB"
+        assert image.text == {
+            "prompt": "the red", "index": "2", "negative_prompt": "日本", "seed": "7", "steps": "2", "guidance": "2.5",
+            "sampler": "ddim", "size": "64", "dtype": "float32", "model": "sd15",
+        }  # fmt: skip
+
+
+def test_a_repeated_run_makes_only_what_is_missing_or_was_made_otherwise(sd15, tmp_path, monkeypatch):
+    arguments = ["--model", sd15, "--prompt", "a cat", "a red cat", "the cat", "--steps", 1, "--out", tmp_path]
+    made = []
+    generate = sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *a, **kw: made.append(kw["indices"]) or generate(*a, **kw))
+    run(monkeypatch, *arguments)
+    (tmp_path / "00001.png").unlink()
+    (tmp_path / "00002.png").write_bytes((tmp_path / "00002.png").read_bytes()[:60])  # cut short
+    run(monkeypatch, *arguments)
+    run(monkeypatch, *arguments)
+    run(monkeypatch, *arguments, "--seed", 1)
+    assert made == [[0, 1, 2], [1, 2], [0, 1, 2]]
+
+
+def test_two_processes_make_the_pictures_of_one(sd15, tmp_path):
+    arguments = ["--model", sd15, "--prompt", "a cat", "a red cat", "the cat", "--steps", 2, "--guidance", 2]
+    one, two = (
+        command(*arguments, "--out", tmp_path / "one"),
+        command(*arguments, "--out", tmp_path / "two", processes=2),
+    )
+    assert one.returncode == 0 and two.returncode == 0, two.stderr
+    for name in "00000.png", "00001.png", "00002.png", "sheet.png":
+        pictures = [np.array(Image.open(tmp_path / folder / name)).astype(int) for folder in ("one", "two")]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_other_sizes_and_dtypes_work(sd15):
+    sd = StableDiffusion.load(sd15, dtype=torch.bfloat16)
+    assert sample.generate(sd, ["a cat"], 2, 2.0, size=104).shape == (1, 104, 104, 3)
+
+
+def test_prompts_come_from_lines_or_from_coco_captions(tmp_path):
+    (tmp_path / "p.txt").write_text("  a cat \n\n日本 語\n", encoding="utf-8")
+    assert sample.read_prompts(tmp_path / "p.txt") == ["a cat", "日本 語"]
+    annotations = [
+        {"image_id": 9, "id": 4, "caption": "second of 9"},
+        {"image_id": 9, "id": 3, "caption": " first of\n9. "},
+        {"image_id": 2, "id": 8, "caption": "of 2"},
+    ]
+    (tmp_path / "c.json").write_text(json.dumps({"images": [], "annotations": annotations}))
+    assert sample.read_prompts(tmp_path / "c.json") == ["of 2", "first of 9."]
+
+
+def test_a_bad_prompt_file_is_an_error(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "other.json").write_text('{"images": []}')
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    assert "holds no prompts; write one per line" in refusal(sample.read_prompts, tmp_path / "empty.txt")
+    assert "not a COCO captions JSON" in refusal(sample.read_prompts, tmp_path / "other.json")
+    assert "cannot read the prompts" in refusal(sample.read_prompts, tmp_path / "binary.txt")
+    assert "cannot read the prompts" in refusal(sample.read_prompts, tmp_path / "missing.txt")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--size", "100"], "size 100 does not fit: it must be a multiple of 8 pixels"),
+        (["--sampler", "flow"], "sampler flow does not fit: the model is a diffusion model; use ddim or dpm++"),
+        (["--steps", "0"], "steps must be from 1 to 1000, not 0"),
+        (["--n", "0"], "--n and --batch-size must be at least 1"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--seed", "-1"], "seed must be from 0 to 2^32 - 1, not -1"),
+        (["--device", "cuda"], "device cuda cannot be used here"),
+    ],
+)
+def test_a_wrong_argument_is_one_clear_line_and_exit_code_2(sd15, tmp_path, monkeypatch, capsys, arguments, message):
+    if arguments == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    model = [] if "--model" in arguments else ["--model", sd15]
+    assert run(monkeypatch, "--prompt", "a cat", "--out", tmp_path, *model, *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]  # above it, a progress bar may stand
+    assert error.startswith("error: ") and message in error
+
+
+def test_a_flow_needs_a_step_per_window(sd15_copy):
+    make_flow(sd15_copy)
+    flow = StableDiffusion.load(sd15_copy)
+    message = refusal(sample.generate, flow, ["a cat"], 3)
+    assert message == "steps must be from 4 to 1000 (the model has 4 windows), not 3"
+    assert "use flow" in refusal(sample.generate, flow, ["a cat"], 4, sampler="ddim")
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write to" in refusal(sample.make_folder, tmp_path / "file/out")
+
+
+def test_nothing_half_written_is_left_when_writing_fails(tmp_path):
+    image = np.zeros((8, 8, 3), np.uint8)
+    sample.save_png(image, tmp_path / "a.png", {"prompt": "x"})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert issubclass(InputError, ValueError)
