@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict:
         return content
     except FileNotFoundError:
         raise InputError(f"{path} is missing; a model folder in the official layout has it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON ({error}); fetch the file again") from None
 
 
@@ -50,7 +50,7 @@ def read_config(config_class: type, settings: dict, where: str):
         if name not in fields and name not in config_class.ONLY:
             raise InputError(f"{where}: {name} = {value!r} is not supported: we do not know this setting")
         allowed = config_class.ONLY.get(name, ...)
-        if allowed is not ... and not set(as_tuple(value)) <= set(as_tuple(allowed)):
+        if allowed is not ... and not all(part in as_tuple(allowed) for part in as_tuple(value)):
             only = " and ".join(map(repr, as_tuple(allowed)))
             raise InputError(f"{where}: {name} = {value!r} is not supported, only {only}")
     for name, field in fields.items():

@@ -66,7 +66,11 @@ class Tokenizer:
             files["tokenizer_config.json"] = json.dumps(settings | {"pad_token": pad_token}).encode()
             files["special_tokens_map.json"] = json.dumps(special | {"pad_token": pad_token}).encode()
         pad = pad_token or special.get("pad_token") or END
-        tokenizer = cls(bpe, pad if isinstance(pad, str) else pad["content"])
+        if isinstance(pad, dict):  # how some versions of the library write a token
+            pad = pad.get("content")
+        if not isinstance(pad, str):
+            raise ValueError(f"the tokenizer in {folder} has no usable pad_token ({pad!r}); fetch its files again")
+        tokenizer = cls(bpe, pad)
         tokenizer.files = files
         return tokenizer
 
@@ -81,7 +85,7 @@ class Tokenizer:
                 print(f"notice: a prompt is longer than {self.length} tokens; ignored: {cut_off!r}", file=sys.stderr)
             row = [self.begin, *encoding.ids[:room], self.end]
             rows.append(row + [self.pad] * (self.length - len(row)))
-        return torch.tensor(rows).view(-1, self.length)  # view: also for no prompts at all
+        return torch.tensor(rows, dtype=torch.int64).view(-1, self.length)  # so also for no prompts at all
 
 
 def clip_bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:

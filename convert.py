@@ -151,17 +151,22 @@ def openclip_source(key: str) -> Source:
     return name, transposed if key.startswith("text_projection") else as_stored
 
 
-def sources_in_single_file(family: str, component: str, keys: Iterable[str]) -> dict[str, Source]:
-    """For each of our keys of a component, its source in a single file of `family` ("SD1.5" or "SDXL")."""
+def sources_in_single_file(
+    family: str, component: str, keys: Iterable[str], stored: Iterable[str] = ()
+) -> dict[str, Source]:
+    """For each of our keys of a component, its source in a single file of `family` ("SD1.5" or "SDXL").
+
+    stored: the names of the component's tensors in the file, if it may be another than the official one.
+    """
+    prefix = PREFIXES[family][component]
     if component == "unet":
         sources = {key: unet_source(key, keys) for key in keys}
     elif component == "vae":
         sources = {key: vae_source(key) for key in keys}
     elif component == "text_encoder_2":
         sources = {key: openclip_source(key) for key in keys}
-    else:
-        sources = {key: (key, as_stored) for key in keys}
-    prefix = PREFIXES[family][component]
+    else:  # CLIP-L is named as in a folder, also in lacking `text_model.` here and there
+        sources = sources_in_folder(component, keys, {name.removeprefix(prefix) for name in stored or keys})
     return {key: (prefix + name, view) for key, (name, view) in sources.items()}
 
 

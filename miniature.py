@@ -121,7 +121,8 @@ def fit(
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         decay = min(0.999, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
         losses = loss.detach() if losses is None else losses.lerp(loss.detach(), 0.02)
         bar.update()
         bar.set_postfix_str(f"loss {losses.item():.4f}" if step % 20 == 0 else bar.postfix or "", refresh=False)
@@ -230,7 +231,7 @@ def encode_scenes(sd: StableDiffusion, count: int, args: argparse.Namespace) -> 
     if file.exists():
         return load_file(file)
     parts = []
-    for images, captions in tqdm(batches(TRAIN, 0, count // 250, 250, args.workers), desc="encoding scenes"):
+    for images, captions in tqdm(batches(TRAIN, 0, -(-count // 250), 250, args.workers), desc="encoding scenes"):
         with torch.autocast(args.device, torch.bfloat16):
             mean, log_variance = sd.vae.encode(images.to(args.device))
         scale = sd.vae.cfg.scaling_factor
@@ -251,7 +252,7 @@ def encode_texts(text: ClipText, ids: Tensor, device: str) -> Tensor:
 
 def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
     """Predict the noise in a noisy latent (Ho et al. 2020, algorithm 1), with the caption left out one time in ten."""
-    known = encode_scenes(sd, 100_000, args)
+    known = encode_scenes(sd, args.scenes, args)
     mean, deviation = known["mean"].to(args.device), known["deviation"].to(args.device)
     captions, which = known["ids"].unique(dim=0, return_inverse=True)
     empty = sd.tokenizers[0]([""]).to(captions.dtype)
@@ -307,8 +308,8 @@ def train(args: argparse.Namespace) -> None:
     networks = {"unet": unet, "vae": vae, "text_encoder": clip.text}
     sd = StableDiffusion(networks, [tokenizer], configs)
     networks["unet"] = train_unet(sd, args)
-    for name in networks:
-        networks[name] = networks[name].half()
+    for network in networks.values():
+        network.requires_grad_(False).half()
     sd.save(args.out)
     print(f"wrote {args.out}")
 
@@ -404,6 +405,7 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true", help="do not train; measure what is in --out")
     parser.add_argument("--count", type=int, default=1000, help="with --evaluate: prompts of each kind")
     parser.add_argument("--batch-size", type=int, default=64, help="of the UNet")
+    parser.add_argument("--scenes", type=int, default=100_000, help="how many scenes the UNet sees, again and again")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
     args = parser.parse_args()

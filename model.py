@@ -75,6 +75,8 @@ class StableDiffusion:
         The empty prompt is the unconditional one. SDXL's is all zeros (`force_zeros_for_empty_prompt` in its
         `model_index.json`), and this is the one place that knows it: training and sampling cannot disagree.
         """
+        if isinstance(prompts, str):
+            raise TypeError("prompts is a list of strings, not one string")
         encoded = [
             encoder(tokenize(prompts).to(self.device)) for encoder, tokenize in zip(self.text_encoders, self.tokenizers)
         ]
@@ -137,22 +139,19 @@ class StableDiffusion:
             config = checkpoint.read_config(config_class, configs[name], f"{path}: {name} config")
             try:
                 network = checkpoint.build(network_class, config)
-            except (ValueError, TypeError, RuntimeError) as error:
-                raise InputError(f"{path}: {name} config: {error}") from None
+            except Exception as error:  # torch has many ways to say that a size is impossible
+                reason = str(error).partition("\n")[0]
+                raise InputError(f"{path}: {name} config: {reason}") from error
             keys = network.state_dict().keys()
             if family:
-                sources = convert.sources_in_single_file(family, name, keys)
+                sources = convert.sources_in_single_file(family, name, keys, files[name])
             else:
                 sources = convert.sources_in_folder(name, keys, files[name].keys())
             kept = kept_dtype(dtype, configs[name])
             checkpoint.assign(network, sources, files[name], device, kept, f"{path}: {name}")
             networks[name] = network
-        check_fit(networks, configs, path)
         tokenizers = load_tokenizers(Path(tokenizer or path), two="text_encoder_2" in networks)
-        for tokenize, name in zip(tokenizers, ("text_encoder", "text_encoder_2")):
-            tokens, rows = tokenize.bpe.get_vocab_size(), networks[name].cfg.vocab_size
-            if tokens != rows:
-                raise InputError(f"{tokenizer or path}: the tokenizer knows {tokens} tokens, the {name} {rows}")
+        check_fit(networks, tokenizers, configs, path)
         return cls(networks, tokenizers, configs)
 
     def save(self, path: str | Path) -> None:
@@ -230,8 +229,14 @@ def load_tokenizers(path: Path, two: bool) -> list[Tokenizer]:
     return tokenizers
 
 
-def check_fit(networks: dict[str, nn.Module], configs: dict[str, dict], path: Path) -> None:
+def check_fit(
+    networks: dict[str, nn.Module], tokenizers: list[Tokenizer], configs: dict[str, dict], path: Path
+) -> None:
     """Raise InputError where the parts of a model do not fit together, or need code that is not here."""
+    for tokenizer, name in zip(tokenizers, ("text_encoder", "text_encoder_2")):
+        tokens, rows = tokenizer.bpe.get_vocab_size(), networks[name].cfg.vocab_size
+        if tokens != rows:  # its ids would be other words to the text encoder
+            raise InputError(f"{path}: the tokenizer knows {tokens} tokens, the {name} {rows}; they do not fit")
     text_width = sum(networks[name].cfg.hidden_size for name in networks if name.startswith("text_encoder"))
     unet, vae = networks["unet"].cfg, networks["vae"].cfg
     if unet.cross_attention_dim != text_width:
@@ -249,6 +254,10 @@ def check_fit(networks: dict[str, nn.Module], configs: dict[str, dict], path: Pa
     }.items():  # fmt: skip
         if scheduler.get(name, values[0]) not in values:
             raise InputError(f"{path}: scheduler {name} = {scheduler[name]!r} is not supported, only {values[0]!r}")
+    for name, least, most in ("num_time_windows", 1, 1000), ("beta_start", 0, 1), ("beta_end", 0, 1):
+        value = scheduler.get(name, most)
+        if not isinstance(value, int | float) or not least <= value <= most:
+            raise InputError(f"{path}: scheduler {name} = {value!r} is not a number from {least} to {most}")
 
 
 def is_flow(scheduler: dict) -> bool:

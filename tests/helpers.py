@@ -44,8 +44,8 @@ def randomize(module, seed):
     return module.eval().requires_grad_(False)
 
 
-def write_tokenizer(folder, pad_token=END, old=True):
-    """A CLIP tokenizer with few words, in the files published in 2022 (`old`) or as the library writes them today."""
+def write_tokenizer(folder, pad_token=END):
+    """A CLIP tokenizer of few words, in the published files' form; today's library writes a tokenizer.json instead."""
     letters = sorted(ByteLevel.alphabet())  # "!" is the first, as in the official vocabulary
     tokens = letters + [letter + "</w>" for letter in letters] + [m.replace(" ", "") for m in MERGES] + [BEGIN, END]
     special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": pad_token}
@@ -56,10 +56,6 @@ def write_tokenizer(folder, pad_token=END, old=True):
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n", encoding="utf-8")
     write(folder / "tokenizer_config.json", settings)
     write(folder / "special_tokens_map.json", special)
-    if not old:
-        CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
-        (folder / "vocab.json").unlink()
-        (folder / "merges.txt").unlink()
     return folder
 
 
@@ -143,7 +139,7 @@ def sd15_pipeline(folder):
 
 
 def sdxl_pipeline(folder):
-    """SDXL in small: deeper transformers with linear projections, two text encoders, the text's and sizes' embedding."""
+    """SDXL in small: deeper transformers with linear projections, two text encoders, picture sizes as a condition."""
     return StableDiffusionXLPipeline(
         unet=randomize(UNet2DConditionModel(**UNET_XL), 4),
         vae=randomize(AutoencoderKL(**VAE | {"force_upcast": True, "scaling_factor": 0.13025}), 5),

@@ -107,7 +107,8 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_notice_of_what_is_lost(folder, 
 
 
 def test_no_prompts_give_no_rows(folder):
-    assert Tokenizer.load(folder)([]).shape == (0, 77)
+    ids = Tokenizer.load(folder)([])
+    assert ids.shape == (0, 77) and ids.dtype == torch.int64
 
 
 def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):

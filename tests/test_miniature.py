@@ -1,0 +1,139 @@
+"""The miniature: it can be trained from nothing and resumed, and what ships is a whole, good enough model."""
+
+import argparse
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from parity import draw
+
+import fid
+import miniature
+import scenes
+from clip_text import Tokenizer
+from model import StableDiffusion
+
+SHIPPED = miniature.ROOT / "weights/miniature"
+SHIPPED_CLIP = miniature.ROOT / "weights/miniature-clip"
+shipped = pytest.mark.skipif(not SHIPPED.exists(), reason="no weights in this checkout")
+
+
+def test_every_word_of_the_captions_is_one_token(tmp_path):
+    tokenizer = miniature.make_tokenizer(tmp_path)
+    for word in [*scenes.words(), ","]:
+        assert len(tokenizer.bpe.encode(word, add_special_tokens=False).ids) == 1, word
+    assert (tokenizer([""])[0] == tokenizer.end).sum() == 76
+    assert tokenizer.end == tokenizer.bpe.get_vocab_size() - 1  # the largest id, as in the official vocabulary
+
+
+def test_the_vocabulary_is_in_the_official_files(tmp_path):
+    captions = [scenes.sample(0, i)[1] for i in range(50)] + ["an unknown word: zebra!"]
+    ids = miniature.make_tokenizer(tmp_path)(captions)
+    reference = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    assert ids.tolist() == reference(captions, padding="max_length", max_length=77).input_ids
+
+
+def arguments(work, **changes):
+    settings = {
+        "work": work,
+        "device": "cpu",
+        "workers": 0,
+        "iters": None,
+        "batch_size": 4,
+        "scenes": 300,
+        "part": "all",
+    }
+    return argparse.Namespace(**settings | changes)
+
+
+def test_interrupted_training_ends_with_the_weights_of_uninterrupted_training(tmp_path, monkeypatch):
+    ticks = itertools.count(0, 1000)
+    monkeypatch.setattr(time, "time", lambda: next(ticks))  # every step it is time to save again
+    target = torch.nn.Linear(3, 2)
+
+    def train(work, stop_at=None):
+        work.mkdir(exist_ok=True)
+
+        def steps(first, count):
+            for step in range(first, first + count):
+                if step == stop_at:
+                    raise KeyboardInterrupt
+                yield step
+
+        def loss_of(_, step):
+            x = torch.randn(8, 3)
+            return (network(x) - target(x).detach()).square().mean()
+
+        torch.manual_seed(0)
+        network = torch.nn.Linear(3, 2)
+        return miniature.fit("net", network, loss_of, steps, arguments(work), 20, lr=0.1, low_precision=False)
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", stop_at=7)
+    resumed = train(tmp_path / "parts")
+    for a, b in zip(whole.parameters(), resumed.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_all_of_it_trains_from_nothing_into_official_folders(tmp_path, monkeypatch):
+    """Three steps of everything: the pictures are worthless, but the folders are whole and others open them."""
+    out, clip = tmp_path / "model", tmp_path / "clip"
+    options = {
+        "--out": out,
+        "--clip": clip,
+        "--work": tmp_path / "work",
+        "--iters": 3,
+        "--scenes": 300,
+        "--device": "cpu",
+    }
+    monkeypatch.setattr(sys, "argv", ["miniature.py", *(str(part) for option in options.items() for part in option)])
+    miniature.main()
+    sd = StableDiffusion.load(out)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    x, t, prompt = draw(2, 4, 8, 8), torch.tensor([999, 1]), ["a red circle", ""]
+    text = pipeline.text_encoder(Tokenizer.load(out / "tokenizer")(prompt)).last_hidden_state
+    with torch.no_grad():
+        torch.testing.assert_close(sd.encode_prompt(prompt)[0], text, atol=1e-5, rtol=1e-4)
+        expected = pipeline.unet(x, t, text).sample
+        torch.testing.assert_close(sd.unet(x, t, text), expected, atol=1e-5, rtol=1e-4)
+        images = draw(2, 3, 64, 64)
+        theirs = transformers.CLIPModel.from_pretrained(clip, dtype=torch.float32).get_image_features(images)
+        theirs = getattr(theirs, "pooler_output", theirs)
+        torch.testing.assert_close(miniature.load_vision(clip)(images), theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_the_frechet_distance_has_known_values():
+    rng = np.random.default_rng(0)
+    a, b = (np.cov(rng.standard_normal((50, 8)) @ rng.standard_normal((8, 8)), rowvar=False) for _ in range(2))
+    mean = rng.standard_normal(8)
+    assert fid.frechet_distance(mean, a, mean, a) == pytest.approx(0, abs=1e-8 * np.trace(a))
+    assert fid.frechet_distance(mean, a, mean + 2, a) == pytest.approx(8 * 4)
+    # of diagonal covariances: the sum of (standard deviation - standard deviation)^2
+    assert fid.frechet_distance(mean, np.diag([1.0, 4.0]), mean, np.diag([9.0, 0.0])) == pytest.approx(4 + 4)
+    assert fid.frechet_distance(mean, a, mean, b) == pytest.approx(fid.frechet_distance(mean, b, mean, a))
+
+
+@shipped
+def test_the_shipped_model_is_small():
+    def size(folder: Path) -> int:
+        return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+    assert size(SHIPPED) < 8e6 and size(SHIPPED) + size(SHIPPED_CLIP) < 12e6
+
+
+@shipped
+def test_the_shipped_model_keeps_to_its_prompts():
+    """A small sample of what `miniature.py --evaluate` measures; bounds are three standard errors below its figures."""
+    sd = StableDiffusion.load(SHIPPED)
+    assert miniature.accuracy(sd, 32, GUIDANCE, miniature.TEST, named=1, count=100) >= ONE_ITEM
+    assert miniature.accuracy(sd, 32, GUIDANCE, miniature.TEST, named=2, count=100) >= TWO_ITEMS
+
+
+GUIDANCE, ONE_ITEM, TWO_ITEMS = 3.0, 0.85, 0.65
