@@ -30,17 +30,18 @@ def load():
 """,
 }
 MEASURE = """
-import json, resource, time, torch
+import json, time, torch
 {imports}
-torch.ones(1).sum()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def kilobytes(name):  # VmRSS: memory now, VmHWM: the most so far (Linux)
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+before = kilobytes("VmRSS")
 start = time.perf_counter()
 networks = load()
 loaded = time.perf_counter() - start
 total = sum(weight.sum().item() for network in networks for weight in network.parameters())
 read = time.perf_counter() - start
 size = sum(w.numel() * w.element_size() for network in networks for w in network.parameters())
-peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+peak = (kilobytes("VmHWM") - before) * 1024
 print(json.dumps([loaded, read, peak / size]))
 """
 
@@ -50,6 +51,9 @@ def make_sd15(folder: Path, dtype: str) -> None:
     import diffusers
     import torch
     import transformers
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    from clip_text import BEGIN, END
 
     def plain(name: str) -> dict:
         return {key: value for key, value in convert.SD15[name].items() if not key.startswith("_")}
@@ -60,10 +64,10 @@ def make_sd15(folder: Path, dtype: str) -> None:
     text = transformers.CLIPTextConfig(**plain("text_encoder"))
     transformers.CLIPTextModel(text).to(to).save_pretrained(folder / "text_encoder")
     diffusers.DDIMScheduler(**plain("scheduler")).save_pretrained(folder / "scheduler")
-    miniature = Path(__file__).parent / "weights/miniature/tokenizer"  # any tokenizer will do
+    words = [*sorted(ByteLevel.alphabet()), *(f"word{i}" for i in range(49408 - 256 - 2)), BEGIN, END]
     (folder / "tokenizer").mkdir()
-    for file in miniature.iterdir():
-        (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    (folder / "tokenizer/vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "tokenizer/merges.txt").write_text("#version: 0.2\n")
     (folder / "model_index.json").write_text(json.dumps(convert.SD15["model_index"]))
 
 

@@ -215,24 +215,26 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B, C, H, W) -> (B, C, *size)
 
 
+def resnet(cfg: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlock:
+    return ResnetBlock(in_channels, out_channels, 4 * cfg.block_out_channels[0], cfg.norm_num_groups, cfg.norm_eps)
+
+
 class DownBlock(nn.Module):
     """One resolution on the way down. Every result is also pushed onto `skips`, for the way up."""
 
     def __init__(self, cfg: UNetConfig, level: int, in_channels: int):
         super().__init__()
-        channels, emb_width = cfg.block_out_channels[level], 4 * cfg.block_out_channels[0]
+        channels = cfg.block_out_channels[level]
         inputs = [in_channels] + [channels] * (cfg.layers_per_block - 1)
-        self.resnets = nn.ModuleList(
-            ResnetBlock(i, channels, emb_width, cfg.norm_num_groups, cfg.norm_eps) for i in inputs
-        )
+        self.resnets = nn.ModuleList(resnet(cfg, i, channels) for i in inputs)
         attends = cfg.down_block_types[level] == "CrossAttnDownBlock2D"
         self.attentions = nn.ModuleList(Transformer(cfg, level) for _ in inputs if attends)
         last = level == len(cfg.block_out_channels) - 1
         self.downsamplers = nn.ModuleList([] if last else [Downsample(channels)])
 
     def forward(self, x: Tensor, emb: Tensor, text: Iterator[KeysValues], skips: list[Tensor]) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, emb)
+        for i, block in enumerate(self.resnets):
+            x = block(x, emb)
             if self.attentions:
                 x = self.attentions[i](x, next(text))
             skips.append(x)
@@ -247,10 +249,8 @@ class MidBlock(nn.Module):
 
     def __init__(self, cfg: UNetConfig):
         super().__init__()
-        channels, emb_width = cfg.block_out_channels[-1], 4 * cfg.block_out_channels[0]
-        self.resnets = nn.ModuleList(
-            ResnetBlock(channels, channels, emb_width, cfg.norm_num_groups, cfg.norm_eps) for _ in range(2)
-        )
+        channels = cfg.block_out_channels[-1]
+        self.resnets = nn.ModuleList(resnet(cfg, channels, channels) for _ in range(2))
         self.attentions = nn.ModuleList([Transformer(cfg, level=-1)])
 
     def forward(self, x: Tensor, emb: Tensor, text: Iterator[KeysValues]) -> Tensor:
@@ -264,18 +264,16 @@ class UpBlock(nn.Module):
 
     def __init__(self, cfg: UNetConfig, level: int, in_channels: int, skip_channels: list[int]):
         super().__init__()
-        channels, emb_width = cfg.block_out_channels[level], 4 * cfg.block_out_channels[0]
+        channels = cfg.block_out_channels[level]
         inputs = [in_channels] + [channels] * cfg.layers_per_block  # one residual block more than on the way down
-        self.resnets = nn.ModuleList(
-            ResnetBlock(i + skip_channels.pop(), channels, emb_width, cfg.norm_num_groups, cfg.norm_eps) for i in inputs
-        )
+        self.resnets = nn.ModuleList(resnet(cfg, i + skip_channels.pop(), channels) for i in inputs)
         attends = cfg.up_block_types[-1 - level] == "CrossAttnUpBlock2D"  # the list runs from coarse to fine
         self.attentions = nn.ModuleList(Transformer(cfg, level) for _ in inputs if attends)
         self.upsamplers = nn.ModuleList([Upsample(channels)] if level > 0 else [])
 
     def forward(self, x: Tensor, emb: Tensor, text: Iterator[KeysValues], skips: list[Tensor]) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
+        for i, block in enumerate(self.resnets):
+            x = block(torch.cat([x, skips.pop()], dim=1), emb)
             if self.attentions:
                 x = self.attentions[i](x, next(text))
         for upsample in self.upsamplers:

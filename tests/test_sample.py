@@ -84,7 +84,7 @@ def test_a_whole_run_gives_the_pictures_of_diffusers(request, model, scheduler, 
 
 
 def test_a_flow_walks_its_windows(sd15_copy):
-    """With a step per window, a flow in form ddim_eps is DDIM with as many steps, but for its clock: tau, not tau - 1."""
+    """With a step per window, a flow in form ddim_eps is DDIM, but for the network's clock: tau, not tau - 1."""
     diffusion = StableDiffusion.load(sd15_copy)
     make_flow(sd15_copy)
     flow = StableDiffusion.load(sd15_copy)
