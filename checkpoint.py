@@ -9,12 +9,14 @@ Read `model.py` first; this is what its `load` and `save` stand on. Where names 
 
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from convert import Source, is_no_parameter
@@ -172,6 +174,16 @@ def compare(empty: dict[str, torch.Tensor], sources: dict[str, Source], files: d
 
 def first(names: list[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file that other libraries read, too. Not atomic: write aside, then move it into its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # transformers reads a weight file only if its metadata says which framework wrote it
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)  # the library makes files that only their owner can read
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ UNET_SETTINGS = {
 
 
 class Scenes(Dataset):
-    """Pictures [-1, 1] (3, 64, 64) with captions, without end: item i is scene i of the seed."""
+    """Pictures (3, 64, 64) in [-1, 1] with captions, without end: item i is scene i of the seed."""
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -102,10 +102,13 @@ def fit(
 
     file, start = args.work / f"{name}.state", 0
     if file.exists():
-        state = torch.load(file, map_location=args.device, weights_only=True)
-        network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            state = torch.load(file, map_location=args.device, weights_only=True)
+            network.load_state_dict(state["network"])
+            average.load_state_dict(state["average"])
+            optimizer.load_state_dict(state["optimizer"])
+        except Exception:  # torch.load and load_state_dict have many ways to say it
+            raise InputError(f"{file} is damaged or of other settings; remove it to train {name} anew") from None
         start = state["step"]
     saved, losses = time.time(), None
     bar = tqdm(total=iterations, initial=start, desc=name, mininterval=5)
@@ -219,7 +222,7 @@ def train_clip(tokenizer: Tokenizer, args: argparse.Namespace) -> Clip:
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    iterations = args.iters or 2000
+    iterations = args.iters or 1200
     order = one_color_batches(min(iterations, 1500), 64)
 
     def data(first: int, count: int):
@@ -261,10 +264,10 @@ def encode_scenes(sd: StableDiffusion, count: int, args: argparse.Namespace) -> 
         ids = sd.tokenizers[0](list(captions)).to(torch.int16)
         parts.append(((mean * scale).half().cpu(), ((0.5 * log_variance.float()).exp() * scale).half().cpu(), ids))
     mean, deviation, ids = (torch.cat(part) for part in zip(*parts))
-    scenes = {"mean": mean.contiguous(), "deviation": deviation.contiguous(), "ids": ids}
-    save_file(scenes, file.with_suffix(".partial"))
+    known = {"mean": mean, "deviation": deviation, "ids": ids}
+    checkpoint.write_tensors(file.with_suffix(".partial"), known)
     os.replace(file.with_suffix(".partial"), file)
-    return scenes
+    return known
 
 
 @torch.no_grad()
@@ -302,7 +305,7 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
         return range(first, first + count)
 
     on_gpu = args.device != "cpu"
-    return fit("unet", unet, loss_of, steps, args, args.iters or 40_000, lr=1.5e-3, low_precision=on_gpu)
+    return fit("unet", unet, loss_of, steps, args, args.iters or 20_000, lr=1.5e-3, low_precision=on_gpu)
 
 
 def settings_of(config_class: type, settings: dict):
@@ -347,7 +350,7 @@ def save_clip(clip: Clip, tokenizer: Tokenizer, folder: Path) -> None:
     halves = {"crop_size": 64, "size": 64, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
     checkpoint.write_json(aside / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"} | halves)
     state = {name.removeprefix("text.").removeprefix("vision."): w.half() for name, w in clip.state_dict().items()}
-    save_file(state, aside / "model.safetensors", {"format": "pt"})
+    checkpoint.write_tensors(aside / "model.safetensors", state)
     for name, content in tokenizer.files.items():
         (aside / name).write_bytes(content)
     checkpoint.replace_folder(aside, folder)

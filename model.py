@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import checkpoint
@@ -166,9 +165,8 @@ class StableDiffusion:
                 file = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}.get(name)
                 checkpoint.write_json(aside / (file or f"{name}/config.json"), config)
             for name, network in self.networks.items():
-                # transformers reads a weight file only if its metadata says which framework wrote it
-                tensors = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
-                save_file(tensors, aside / name / f"{NETWORKS[name][2]}.safetensors", {"format": "pt"})
+                file = aside / name / f"{NETWORKS[name][2]}.safetensors"
+                checkpoint.write_tensors(file, network.state_dict())
             for tokenizer, folder in zip(self.tokenizers, ("tokenizer", "tokenizer_2")):
                 for name, content in tokenizer.files.items():
                     (aside / folder).mkdir(exist_ok=True)

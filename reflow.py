@@ -1,4 +1,4 @@
-"""Time, windows, and how to walk through them: the mathematics that sampling and training share.
+"""Progressive window reflow: time, windows, how to walk through them, and what each stage is trained on.
 
 One time convention throughout: tau is an integer, 1000 is pure noise and 0 the image; t = tau / 1000. Time is cut into
 K windows; a window runs from its start tau_s (the noisy side) to its end tau_e < tau_s, and tau belongs to it if
@@ -139,3 +139,45 @@ def euler(velocity: Network, z: Tensor, grid: Tensor) -> Tensor:
     for tau, following in zip(grid, grid[1:]):
         z = z + along((following - tau).to(z.dtype) / NOISE, z) * velocity(z, tau)
     return z
+
+
+# ---- What a stage is trained on -------------------------------------------------------------------------------------
+
+
+def solver_grid(tau: Tensor, windows: int, steps: int) -> Tensor:
+    """The grid on which the window of each tau is solved in `steps` steps: falling taus, (steps + 1, B).
+
+    It is part of one fine grid over the whole path, round(1000 j / (windows steps)), so that every step ends exactly
+    where the next begins. The paper's first stage: 8 windows of 4 steps, of the teacher's 32. In a merging stage the
+    steps are the windows of the previous student, 2 to a merged window.
+    """
+    k = torch.bucketize(tau, rising_borders(windows, tau.device))  # the window from border k down to border k - 1
+    down = torch.arange(steps + 1, device=tau.device)[:, None]
+    return rising_borders(windows * steps, tau.device)[k * steps - down]
+
+
+def training_triple(
+    solve: Callable[[Tensor, Tensor], Tensor],
+    z_0: Tensor,
+    noise: Tensor,
+    tau: Tensor,
+    windows: int,
+    steps: int,
+    alphas_cumprod: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What a student of `windows` windows is shown and should answer at tau: (z_t, v), both like z_0.
+
+    Every sample starts at the noisy end of its window, as an image z_0 with that much noise: at a border of windows
+    the previous student's path has the same distribution. solve(z, grid) leads from there to the window's other end:
+
+        first stage      lambda z, grid: ddim(teacher_epsilon, z, alphas_cumprod, grid)
+        merging stages   lambda z, grid: euler(previous_velocity, z, grid)
+    """
+    grid = solver_grid(tau, windows, steps)
+    start, end = grid[0], grid[-1]
+    a = alpha_bar(alphas_cumprod, start)
+    z_s = along(a.sqrt(), z_0) * z_0 + along((1 - a).sqrt(), z_0) * noise
+    z_e = solve(z_s, grid)
+    r = along((start - tau).to(z_0.dtype) / (start - end), z_0)
+    v = (z_e - z_s) * along(NOISE / (end - start).to(z_0.dtype), z_0)
+    return (1 - r) * z_s + r * z_e, v

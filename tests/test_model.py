@@ -1,5 +1,6 @@
 """model.py: a loaded model computes what the reference pipelines compute, and a saved one is theirs to open."""
 
+import os
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ from helpers import edit, read, refusal, rewrite, same, write, write_tokenizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import model
+import checkpoint
 from model import StableDiffusion
 
 load = StableDiffusion.load
@@ -253,7 +254,7 @@ def test_save_is_all_or_nothing(sd15_copy, sdxl, error, monkeypatch):
             raise error
         save_file(tensors, file, metadata)
 
-    monkeypatch.setattr(model, "save_file", fail_on_the_vae)
+    monkeypatch.setattr(checkpoint, "save_file", fail_on_the_vae)
     if error is KeyboardInterrupt:
         with pytest.raises(KeyboardInterrupt):
             load(sdxl).save(sd15_copy)
@@ -261,6 +262,13 @@ def test_save_is_all_or_nothing(sd15_copy, sdxl, error, monkeypatch):
         assert f"cannot write {sd15_copy}: {error}" in refusal(load(sdxl).save, sd15_copy)
     assert len(load(sd15_copy).text_encoders) == 1  # the older one, whole
     assert list(sd15_copy.parent.iterdir()) == [sd15_copy]
+
+
+def test_saved_files_can_be_read_by_whom_the_umask_lets(sd15, tmp_path):
+    before = os.umask(0o022)
+    load(sd15).save(tmp_path / "model")
+    os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "model").rglob("*.*") if file.is_file()} == {0o644}
 
 
 def test_save_makes_the_folders_above_and_takes_relative_paths(sd15, tmp_path, monkeypatch):

@@ -163,3 +163,71 @@ def test_nothing_is_sent_to_the_host_or_looped_over_samples():
     assert reflow.as_velocity(epsilon, abar, 8)(z, tau).shape == z.shape
     assert reflow.ddim(epsilon, z, abar, torch.empty(5, 7, dtype=torch.int64, device="meta")).shape == z.shape
     assert calls == [torch.Size([7])] * 5
+
+
+# ---- what a stage is trained on ----
+
+
+def some_epsilon(z, tau):
+    return torch.sin(z) * reflow.along(tau.double() / 1000, z)
+
+
+@pytest.mark.parametrize("windows, steps", [(8, 4), (4, 2), (2, 2), (1, 2), (4, 8), (1, 32), (3, 5)])
+def test_the_solvers_grid_runs_from_border_to_border_on_one_fine_grid(windows, steps):
+    grid = reflow.solver_grid(TAUS, windows, steps)
+    start, end = reflow.window_of(TAUS, windows)
+    assert grid.shape == (steps + 1, 1000) and torch.equal(grid[0], start) and torch.equal(grid[-1], end)
+    assert set(grid.flatten().tolist()) == set(reflow.borders(windows * steps))
+
+
+def test_the_teachers_grid_is_that_of_32_steps_over_the_whole_path():
+    """1000 / 32 is not whole: counting back in steps of 31 would miss every border but the first."""
+    assert reflow.solver_grid(torch.tensor([1000, 1]), 8, 4).T.tolist() == [
+        [1000, 969, 938, 906, 875],
+        [125, 94, 62, 31, 0],
+    ]
+
+
+@pytest.mark.parametrize("windows, steps", [(8, 4), (4, 2), (1, 2)])
+def test_a_training_sample_lies_on_the_line_between_the_ends_of_its_window(windows, steps):
+    tau = torch.tensor([1000, 876, 500, 126, 1])
+    ends = []
+
+    def solve(z, grid):
+        ends[:] = [z, reflow.ddim(some_epsilon, z, ABAR, grid)]
+        return ends[1]
+
+    z_t, v = reflow.training_triple(solve, Z, EPS, tau, windows, steps, ABAR)
+    start, end = reflow.window_of(tau, windows)
+    a = reflow.along(reflow.alpha_bar(ABAR, start), Z)
+    torch.testing.assert_close(ends[0], a.sqrt() * Z + (1 - a).sqrt() * EPS)
+    to_start, to_end = (reflow.along((border - tau).double() / 1000, Z) for border in (start, end))
+    torch.testing.assert_close(z_t + to_start * v, ends[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(z_t + to_end * v, ends[1], rtol=1e-9, atol=1e-9)
+
+
+def test_the_target_of_a_merged_window_is_its_two_halves_one_after_the_other():
+    previous = reflow.as_velocity(some_epsilon, ABAR, 8)
+    tau, halves = torch.tensor([1000, 900, 750]), []
+    z_s = {}
+
+    def solve(z, grid):
+        z_s["start"] = z
+        return reflow.euler(previous, z, grid)
+
+    z_t, v = reflow.training_triple(solve, Z[:3], EPS[:3], tau, 4, 2, ABAR)
+    for start, end in ((1000, 875), (875, 750)):
+        z = halves[-1] if halves else z_s["start"][:2]
+        step = previous(z, torch.full((2,), start)) * (end - start) / 1000
+        halves.append(z + step)
+    expected = (halves[-1] - z_s["start"][:2]) / -0.25
+    torch.testing.assert_close(v[:2], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_student_that_answers_the_target_arrives_where_the_teacher_does():
+    """One window: the student's single jump along v ends where 32 DDIM steps of the teacher end."""
+    grid = torch.tensor(reflow.borders(32))
+    tau = torch.full((5,), 1000)
+    z_s, v = reflow.training_triple(lambda z, grid: reflow.ddim(some_epsilon, z, ABAR, grid), Z, EPS, tau, 1, 32, ABAR)
+    expected = reflow.ddim(some_epsilon, z_s, ABAR, grid)
+    torch.testing.assert_close(reflow.euler(lambda z, tau: v, z_s, reflow.sampling_grid(1, 1)), expected)
