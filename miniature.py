@@ -284,10 +284,7 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
     empty = sd.tokenizers[0]([""]).to(captions.dtype)
     texts = encode_texts(sd.text_encoders[0], torch.cat([captions, empty]), args.device)  # the last is the empty one
     which = which.to(args.device)
-    torch.manual_seed(0)
-    unet = UNet(settings_of(UNetConfig, UNET_SETTINGS))
-    nn.init.zeros_(unet.conv_out.weight)
-    unet.to(args.device)
+    unet = sd.unet.requires_grad_(True)
 
     def loss_of(_, step: int) -> Tensor:
         pick = torch.randint(len(mean), (args.batch_size,), device=args.device)
@@ -314,27 +311,32 @@ def settings_of(config_class: type, settings: dict):
 
 def train(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(args.work / "tokenizer")
-    begin, end = tokenizer.begin, tokenizer.end
-    TEXT_SETTINGS.update(vocab_size=end + 1, bos_token_id=begin, eos_token_id=end, pad_token_id=end)
-    if args.part == "vae":
-        train_vae(args)
+    if args.part in ("vae", "all") and not args.init:
+        vae, vae_settings = train_vae(args)
+    if args.part in ("clip", "all") and not args.init:
+        tokenizer = make_tokenizer(args.work / "tokenizer")
+        begin, end = tokenizer.begin, tokenizer.end
+        TEXT_SETTINGS.update(vocab_size=end + 1, bos_token_id=begin, eos_token_id=end, pad_token_id=end)
+        clip = train_clip(tokenizer, args)
+        save_clip(clip, tokenizer, args.clip)
+    if args.part != "all":
         return
-    clip = train_clip(tokenizer, args)
-    if args.part == "clip":
-        return
-    vae, vae_settings = train_vae(args)
-    save_clip(clip, tokenizer, args.clip)
-    del clip.text.text_projection
-    configs = {
-        "model_index": convert.SD15["model_index"], "scheduler": convert.SCHEDULER, "unet": UNET_SETTINGS,
-        "vae": vae_settings, "text_encoder": TEXT_SETTINGS | {"architectures": ["CLIPTextModel"]},
-    }  # fmt: skip
-    unet = UNet(settings_of(UNetConfig, UNET_SETTINGS)).to(args.device)
-    networks = {"unet": unet, "vae": vae, "text_encoder": clip.text}
-    sd = StableDiffusion(networks, [tokenizer], configs)
-    networks["unet"] = train_unet(sd, args)
-    for network in networks.values():
+
+    if args.init:
+        sd = StableDiffusion.load(args.init, args.device)
+    else:
+        torch.manual_seed(0)
+        unet = UNet(settings_of(UNetConfig, UNET_SETTINGS))
+        nn.init.zeros_(unet.conv_out.weight)
+        del clip.text.text_projection  # CLIP's own affair, not part of Stable Diffusion's text encoder
+        configs = {
+            "model_index": convert.SD15["model_index"], "scheduler": convert.SCHEDULER, "unet": UNET_SETTINGS,
+            "vae": vae_settings, "text_encoder": TEXT_SETTINGS | {"architectures": ["CLIPTextModel"]},
+        }  # fmt: skip
+        networks = {"unet": unet.to(args.device), "vae": vae, "text_encoder": clip.text}
+        sd = StableDiffusion(networks, [tokenizer], configs)
+    sd.networks["unet"] = train_unet(sd, args)
+    for network in sd.networks.values():
         network.requires_grad_(False).half()
     sd.save(args.out)
     print(f"wrote {args.out}")
@@ -427,6 +429,7 @@ def main() -> None:
     parser.add_argument("--clip", type=Path, default=ROOT / "weights/miniature-clip", help="the CLIP folder to write")
     parser.add_argument("--work", type=Path, default=ROOT / "out/miniature", help="checkpoints, to resume from")
     parser.add_argument("--part", choices=["vae", "clip", "all"], default="all", help="train only this part")
+    parser.add_argument("--init", type=Path, help="train the UNet of this model folder on; leave its other parts alone")
     parser.add_argument("--iters", type=int, help="training steps of each part, instead of the default; for a taste")
     parser.add_argument("--evaluate", action="store_true", help="do not train; measure what is in --out")
     parser.add_argument("--count", type=int, default=1000, help="with --evaluate: prompts of each kind")

@@ -156,7 +156,8 @@ class StableDiffusion:
     def save(self, path: str | Path) -> None:
         """Write a model folder that `load`, diffusers and transformers open. It appears whole or not at all."""
         path = Path(path).resolve()
-        if path.exists() and not (path / "model_index.json").exists():
+        empty = path.is_dir() and not any(path.iterdir())
+        if path.exists() and not empty and not (path / "model_index.json").exists():
             raise InputError(f"{path} exists and is not a model folder; remove it, or choose another place")
         aside = path.with_name(path.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)

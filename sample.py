@@ -9,6 +9,7 @@ what is missing.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -160,6 +161,12 @@ def unlearned_words(sd: StableDiffusion, prompts: list[str]) -> list[str]:
     return [word for word in words if len(bpe.encode(word, add_special_tokens=False).ids) > 1]
 
 
+def fingerprint(sd: StableDiffusion) -> str:
+    """Tells a model from another of the same name, such as itself before it was trained on."""
+    ends = (sd.unet.conv_in.weight, sd.unet.conv_out.weight)
+    return hashlib.sha256(b"".join(w.float().cpu().numpy().tobytes() for w in ends)).hexdigest()[:12]
+
+
 def settings_of_png(file: Path) -> dict[str, str]:
     """The text chunk of one of our pictures; empty if there is none, or no readable picture."""
     try:
@@ -236,6 +243,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {
         "negative_prompt": args.negative_prompt, "seed": args.seed, "steps": args.steps, "guidance": args.guidance,
         "sampler": sampler, "size": size, "dtype": str(dtype).removeprefix("torch."), "model": args.model.name,
+        "weights": fingerprint(sd),
     }  # fmt: skip
     settings = {name: str(value) for name, value in settings.items()}
     file_of = [args.out / f"{i:05d}.png" for i in range(len(everything))]
@@ -287,6 +295,8 @@ def main() -> None:
         run(parser.parse_args())
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; the same command goes on where it was\n")
 
 
 if __name__ == "__main__":

@@ -93,9 +93,28 @@ def test_all_of_it_trains_from_nothing_into_official_folders(tmp_path, monkeypat
         "--scenes": 300,
         "--device": "cpu",
     }
-    monkeypatch.setattr(sys, "argv", ["miniature.py", *(str(part) for option in options.items() for part in option)])
+    monkeypatch.setattr(sys, "argv", ["miniature.py", *words_of(options)])
     miniature.main()
     sd = StableDiffusion.load(out)
+    check_that_others_open(out, clip, sd)
+
+    further = tmp_path / "further"
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["miniature.py", *words_of(options | {"--init": out, "--out": further, "--work": tmp_path / "work_2"})],
+    )
+    miniature.main()
+    again = StableDiffusion.load(further)
+    assert torch.equal(again.vae.quant_conv.weight, sd.vae.quant_conv.weight)
+    assert not torch.equal(again.unet.conv_in.weight, sd.unet.conv_in.weight)
+
+
+def words_of(options):
+    return [str(part) for option in options.items() for part in option]
+
+
+def check_that_others_open(out, clip, sd):
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
     x, t, prompt = draw(2, 4, 8, 8), torch.tensor([999, 1]), ["a red circle", ""]
     text = pipeline.text_encoder(Tokenizer.load(out / "tokenizer")(prompt)).last_hidden_state

@@ -148,6 +148,7 @@ def test_the_command_writes_pictures_that_know_how_they_were_made(sd15, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"{i:05d}.png" for i in range(4)), "sheet.png"]
     with Image.open(tmp_path / "00002.png") as image:
         assert image.size == (64, 64) and image.mode == "RGB"
+        assert len(image.text.pop("weights")) == 12
         assert image.text == {
             "prompt": "the red", "index": "2", "negative_prompt": "日本", "seed": "7", "steps": "2", "guidance": "2.5",
             "sampler": "ddim", "size": "64", "dtype": "float32", "model": "sd15",
@@ -166,6 +167,22 @@ def test_a_repeated_run_makes_only_what_is_missing_or_was_made_otherwise(sd15, t
     run(monkeypatch, *arguments)
     run(monkeypatch, *arguments, "--seed", 1)
     assert made == [[0, 1, 2], [1, 2], [0, 1, 2]]
+
+
+def test_pictures_of_a_model_trained_on_are_made_anew(sd15_copy, tmp_path, monkeypatch):
+    arguments = ["--model", sd15_copy, "--prompt", "a cat", "--steps", 1, "--out", tmp_path / "out"]
+    run(monkeypatch, *arguments)
+    before = (tmp_path / "out/00000.png").read_bytes()
+    sd = StableDiffusion.load(sd15_copy)
+    sd.unet.conv_out.weight.mul_(0.5)
+    sd.save(sd15_copy)
+    run(monkeypatch, *arguments)
+    assert (tmp_path / "out/00000.png").read_bytes() != before
+
+
+def test_a_word_that_the_model_never_learned_is_a_notice(sd15, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "--model", sd15, "--prompt", "the cat, a zebra", "--steps", 1, "--out", tmp_path) == 0
+    assert "notice: words that this model never learned: zebra\n" in capsys.readouterr().err
 
 
 def test_two_processes_make_the_pictures_of_one(sd15, tmp_path):
