@@ -15,7 +15,7 @@ from PIL import Image
 
 import reflow
 import sample
-from model import InputError, StableDiffusion
+from model import StableDiffusion
 
 ROOT = Path(sample.__file__).parent
 
@@ -258,8 +258,14 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path):
     assert "cannot write to" in refusal(sample.make_folder, tmp_path / "file/out")
 
 
-def test_nothing_half_written_is_left_when_writing_fails(tmp_path):
-    image = np.zeros((8, 8, 3), np.uint8)
-    sample.save_png(image, tmp_path / "a.png", {"prompt": "x"})
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-    assert issubclass(InputError, ValueError)
+def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    def fail_midway(self, file, **_):
+        file.write_bytes(b"half of a picture")
+        raise OSError("No space left on device")
+
+    picture = np.zeros((8, 8, 3), np.uint8)
+    sample.save_png(picture, tmp_path / "a.png", {"prompt": "x"})
+    monkeypatch.setattr(Image.Image, "save", fail_midway)
+    with pytest.raises(OSError, match="No space left"):
+        sample.save_png(picture + 1, tmp_path / "a.png", {"prompt": "y"})
+    assert sample.settings_of_png(tmp_path / "a.png") == {"prompt": "x"}  # the older one, whole
