@@ -1,7 +1,7 @@
 """How close are our networks to those of diffusers and transformers, at the official configurations?
 
-    python tests/parity.py            what the tests check too: all but SDXL's two large networks (3 minutes, 9 GB)
-    python tests/parity.py --full     SDXL's UNet and second text encoder as well (15 GB)
+    python tests/parity.py            what the tests check too: all but SDXL's two large networks
+    python tests/parity.py --full     SDXL's UNet (10 GB) and second text encoder as well
 
 The reference gets random weights in which every tensor matters (`helpers.randomize`), ours takes the very same tensors,
 both see the same input. The error is the largest difference, relative to the largest value of the reference.
