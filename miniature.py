@@ -223,9 +223,11 @@ def train_clip(tokenizer: Tokenizer, args: argparse.Namespace) -> Clip:
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     iterations = args.iters or 1200
-    order = one_color_batches(min(iterations, 1500), 64)
 
     def data(first: int, count: int):
+        if count <= 0:  # finished earlier: do not draw the scenes again
+            return []
+        order = one_color_batches(min(iterations, 1500), 64)
         steps = [i for step in range(first, first + count) for i in order[step % len(order)]]
         return DataLoader(Scenes(TRAIN), 64, sampler=steps, num_workers=args.workers)
 
@@ -252,8 +254,9 @@ def one_color_batches(count: int, size: int) -> list[list[int]]:
 def encode_scenes(sd: StableDiffusion, count: int, args: argparse.Namespace) -> dict[str, Tensor]:
     """Latents of the first `count` training scenes, as mean and deviation at the UNet's scale, and their token ids.
 
-    Encoded once and kept in a file, since the UNet sees every scene many times."""
-    file = args.work / "latents.safetensors"
+    Encoded once and kept in a file, since the UNet sees every scene many times; another VAE makes another file."""
+    vae = sample.fingerprint(sd.vae.encoder.conv_in.weight, sd.vae.quant_conv.weight)
+    file = args.work / f"latents-{count}-{vae}.safetensors"
     if file.exists():
         return load_file(file)
     parts = []
@@ -302,7 +305,9 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
         return range(first, first + count)
 
     on_gpu = args.device != "cpu"
-    return fit("unet", unet, loss_of, steps, args, args.iters or 20_000, lr=1.5e-3, low_precision=on_gpu)
+    # Trained on from a model, it is not the run that made that model, whose finished state may still be there.
+    name = f"unet-{sample.fingerprint(unet.conv_in.weight, unet.conv_out.weight)}" if args.init else "unet"
+    return fit(name, unet, loss_of, steps, args, args.iters or 20_000, lr=1.5e-3, low_precision=on_gpu)
 
 
 def settings_of(config_class: type, settings: dict):

@@ -161,10 +161,9 @@ def unlearned_words(sd: StableDiffusion, prompts: list[str]) -> list[str]:
     return [word for word in words if len(bpe.encode(word, add_special_tokens=False).ids) > 1]
 
 
-def fingerprint(sd: StableDiffusion) -> str:
-    """Tells a model from another of the same name, such as itself before it was trained on."""
-    ends = (sd.unet.conv_in.weight, sd.unet.conv_out.weight)
-    return hashlib.sha256(b"".join(w.float().cpu().numpy().tobytes() for w in ends)).hexdigest()[:12]
+def fingerprint(*weights: Tensor) -> str:
+    """Tells a network from another of the same name, such as itself before it was trained on."""
+    return hashlib.sha256(b"".join(w.detach().float().cpu().numpy().tobytes() for w in weights)).hexdigest()[:12]
 
 
 def settings_of_png(file: Path) -> dict[str, str]:
@@ -243,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {
         "negative_prompt": args.negative_prompt, "seed": args.seed, "steps": args.steps, "guidance": args.guidance,
         "sampler": sampler, "size": size, "dtype": str(dtype).removeprefix("torch."), "model": args.model.name,
-        "weights": fingerprint(sd),
+        "weights": fingerprint(sd.unet.conv_in.weight, sd.unet.conv_out.weight),
     }  # fmt: skip
     settings = {name: str(value) for name, value in settings.items()}
     file_of = [args.out / f"{i:05d}.png" for i in range(len(everything))]

@@ -103,7 +103,7 @@ def test_all_of_it_trains_from_nothing_into_official_folders(tmp_path, monkeypat
     monkeypatch.setattr(
         sys,
         "argv",
-        ["miniature.py", *words_of(options | {"--init": out, "--out": further, "--work": tmp_path / "work_2"})],
+        ["miniature.py", *words_of(options | {"--init": out, "--out": further, "--work": tmp_path / "work"})],
     )
     miniature.main()
     again = StableDiffusion.load(further)
