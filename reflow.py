@@ -156,6 +156,36 @@ def solver_grid(tau: Tensor, windows: int, steps: int) -> Tensor:
     return rising_borders(windows * steps, tau.device)[k * steps - down]
 
 
+def solve_window(
+    solve: Callable[[Tensor, Tensor], Tensor],
+    z_0: Tensor,
+    noise: Tensor,
+    tau: Tensor,
+    windows: int,
+    steps: int,
+    alphas_cumprod: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The teacher's way through the window of each tau, as (start, end, z_s, z_e): its borders (B,) and what is there.
+
+    Every sample starts at the noisy end of its window, as an image z_0 with that much noise: at a border of windows
+    the previous student's path has the same distribution. solve(z, grid) leads from there to the window's other end:
+
+        first stage      lambda z, grid: ddim(teacher_epsilon, z, alphas_cumprod, grid)
+        merging stages   lambda z, grid: euler(previous_velocity, z, grid)
+    """
+    grid = solver_grid(tau, windows, steps)
+    a = alpha_bar(alphas_cumprod, grid[0])
+    z_s = along(a.sqrt(), z_0) * z_0 + along((1 - a).sqrt(), z_0) * noise
+    return grid[0], grid[-1], z_s, solve(z_s, grid)
+
+
+def straight_line(start: Tensor, end: Tensor, z_s: Tensor, z_e: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """What the student is shown and should answer at tau, a time of that window: (z_t, v), both like z_s."""
+    r = along((start - tau).to(z_s.dtype) / (start - end), z_s)
+    v = (z_e - z_s) * along(NOISE / (end - start).to(z_s.dtype), z_s)
+    return (1 - r) * z_s + r * z_e, v
+
+
 def training_triple(
     solve: Callable[[Tensor, Tensor], Tensor],
     z_0: Tensor,
@@ -165,19 +195,5 @@ def training_triple(
     steps: int,
     alphas_cumprod: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What a student of `windows` windows is shown and should answer at tau: (z_t, v), both like z_0.
-
-    Every sample starts at the noisy end of its window, as an image z_0 with that much noise: at a border of windows
-    the previous student's path has the same distribution. solve(z, grid) leads from there to the window's other end:
-
-        first stage      lambda z, grid: ddim(teacher_epsilon, z, alphas_cumprod, grid)
-        merging stages   lambda z, grid: euler(previous_velocity, z, grid)
-    """
-    grid = solver_grid(tau, windows, steps)
-    start, end = grid[0], grid[-1]
-    a = alpha_bar(alphas_cumprod, start)
-    z_s = along(a.sqrt(), z_0) * z_0 + along((1 - a).sqrt(), z_0) * noise
-    z_e = solve(z_s, grid)
-    r = along((start - tau).to(z_0.dtype) / (start - end), z_0)
-    v = (z_e - z_s) * along(NOISE / (end - start).to(z_0.dtype), z_0)
-    return (1 - r) * z_s + r * z_e, v
+    """Both in one: a path solved for each tau, and the point on its straight line at that tau, (z_t, v)."""
+    return straight_line(*solve_window(solve, z_0, noise, tau, windows, steps, alphas_cumprod), tau)

@@ -1,0 +1,494 @@
+"""The trainer: one stage of ProReflow turns a diffusion model, or the flow of the stage before, into a flow.
+
+    torchrun train.py --stage 1                          8 windows, from the miniature's diffusion model
+    torchrun train.py --stage 2                          4 windows, from stage 1: ProReflow-I
+    torchrun train.py --stage 3                          2 windows, from stage 2: ProReflow-II
+    torchrun train.py --stage 4                          1 window: one step, which the paper left open
+    torchrun train.py --stage 2 --teacher BASE --alpha 0 4 windows straight from a diffusion model: PeRFlow
+
+A step: draw latents, noise and times (`data.py`); let the teacher solve each sample's window; show the student a point
+of the straight line between the window's ends (`reflow.py`); punish what its velocity there is off (`loss.py`). The
+result is a whole model folder, OUT/stage-K, for sample.py, the next stage, or diffusers. Beside it, OUT/stage-K-run has
+checkpoints, log.jsonl and sheets of samples. Read those three files before this one.
+"""
+
+import argparse
+import copy
+import functools
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
+
+import checkpoint
+import data
+import reflow
+import sample
+from loss import decomposed_velocity_loss
+from model import NETWORKS, InputError, StableDiffusion
+from unet import ResnetBlock, Transformer, UNet
+
+# stage: windows of the student. Its teacher is the student of the stage before; that of the first, a diffusion model.
+STAGES = {1: 8, 2: 4, 3: 2, 4: 1}
+TEACHER_STEPS = 32  # of DDIM over the whole path, where the teacher is a diffusion model
+
+# Settings that depend on the size of the model, by the width of its text: for SD1.5 and SDXL as PeRFlow published them,
+# not tried here at full scale.
+DEFAULTS = {
+    768: {"iters": 10_000, "batch_size": 32, "lr": 8e-5, "ema": 0.9999, "cooldown": 0.0},
+    2048: {"iters": 10_000, "batch_size": 16, "lr": 1e-4, "ema": 0.9999, "cooldown": 0.0},
+    "smaller": {"iters": 10_000, "batch_size": 64, "lr": 3e-4, "ema": 0.999, "cooldown": 0.5},
+}
+
+
+@dataclass
+class Process:
+    """This process among those that `torchrun` started; alone without it."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, device: str | None) -> "Process":
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+        sample.check_device(device)
+        device = torch.device(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if world > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(rank, world, device)
+
+    def mean(self, numbers: Tensor) -> Tensor:
+        """The mean over all processes."""
+        if self.world > 1:
+            dist.all_reduce(numbers)
+            numbers /= self.world
+        return numbers
+
+
+def velocity_of(sd: StableDiffusion, unet: nn.Module, batch: dict, windows: int) -> reflow.Network:
+    """A UNet as the velocity field of a flow of so many windows, with the texts of this batch."""
+    return reflow.as_velocity(epsilon_of(unet, batch, shift=0), sd.alphas_cumprod, windows, sd.prediction_type)
+
+
+def epsilon_of(unet: nn.Module, batch: dict, shift: int) -> reflow.Network:
+    """(z, tau) -> what the UNet sees as noise, fp32; guidance is 1 in training, so this is one evaluation."""
+    dtype = next(unet.parameters()).dtype
+
+    def epsilon(z: Tensor, tau: Tensor) -> Tensor:
+        return unet(z.to(dtype), tau - shift, batch["text"], batch["pooled"], batch["time_ids"]).float()
+
+    return epsilon
+
+
+def teacher_solver(sd: StableDiffusion, batch: dict) -> Callable[[Tensor, Tensor], Tensor]:
+    """(z, grid) -> where the teacher leads: DDIM of a diffusion model, Euler steps of a flow (see `solve_window`)."""
+    batch = batch | {"text": sd.unet.text_keys_values(batch["text"])}  # computed once for all steps
+    if sd.windows is None:
+        return lambda z, grid: reflow.ddim(epsilon_of(sd.unet, batch, shift=1), z, sd.alphas_cumprod, grid)
+    return lambda z, grid: reflow.euler(velocity_of(sd, sd.unet, batch, sd.windows), z, grid)
+
+
+def solver_steps(sd: StableDiffusion, windows: int, steps: int | None) -> int:
+    """Teacher steps in each window of the student: a diffusion model's share of 32, one for each window of a flow."""
+    whole = sd.windows or TEACHER_STEPS
+    if sd.windows == windows or whole % windows:
+        kind = f"a flow of {whole} windows" if sd.windows else f"{whole} teacher steps"
+        raise InputError(f"{kind} cannot be merged into {windows} windows; take a smaller divisor of {whole}")
+    return steps or whole // windows
+
+
+def prepare(sd: StableDiffusion, items: dict, device: torch.device) -> dict:
+    """What a batch of samples becomes for the networks: latents at the UNet's scale, texts, SDXL's picture sizes."""
+    items = {
+        name: part.to(device, non_blocking=True) if torch.is_tensor(part) else part for name, part in items.items()
+    }
+    if "image" in items:
+        weight = sd.vae.encoder.conv_in.weight
+        with torch.no_grad():
+            items["mean"], items["log_variance"] = sd.vae.encode(items["image"].to(weight.dtype))
+    deviation = (0.5 * items["log_variance"].float()).exp()
+    z_0 = (items["mean"].float() + deviation * items["posterior"]) * sd.vae.cfg.scaling_factor
+    captions = ["" if dropped else caption for caption, dropped in zip(items["caption"], items["dropped"])]
+    text, pooled = sd.encode_prompt(captions)
+    height, width = (n * sd.downscale for n in z_0.shape[2:])
+    time_ids = items.get("time_ids", sd.time_ids(len(z_0), height, width))
+    return {
+        "z_0": z_0,
+        "noise": items["noise"],
+        "tau": items["tau"],
+        "text": text,
+        "pooled": pooled,
+        "time_ids": time_ids,
+    }
+
+
+def loss_of(student: nn.Module, teacher: StableDiffusion, batch: dict, windows: int, steps: int, alpha: float):
+    """The loss of a stage on a prepared batch, and its two parts (DESIGN: one training triple per point)."""
+    with torch.no_grad():
+        path = reflow.solve_window(
+            teacher_solver(teacher, batch), batch["z_0"], batch["noise"], batch["tau"][:, 0], windows, steps,
+            teacher.alphas_cumprod,
+        )  # fmt: skip
+        points = batch["tau"].shape[1]  # a solved path is dear, so it may serve for several points
+        path = [part.repeat_interleave(points, dim=0) for part in path]
+        tau = batch["tau"].flatten()
+        z_t, v = reflow.straight_line(*path, tau)
+    conditions = {
+        name: None if batch[name] is None else batch[name].repeat_interleave(points, dim=0)
+        for name in ("text", "pooled", "time_ids")
+    }
+    return decomposed_velocity_loss(velocity_of(teacher, student, conditions, windows)(z_t, tau), v, alpha)
+
+
+def recompute_activations(unet: UNet) -> None:
+    """Gradient checkpointing: keep only the inputs of each block, and compute the rest again on the way back."""
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock | Transformer):
+            module.forward = functools.partial(recompute, module.forward, use_reentrant=False)
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Up in a straight line while warming up, constant, and down to zero over the last share, `cooldown`."""
+    left = (args.iters - step) / max(args.cooldown * args.iters, 1)
+    return args.lr * min((step + 1) / max(args.warmup, 1), 1, left)
+
+
+@torch.no_grad()
+def update_average(average: UNet, network: UNet, step: int, decay: float) -> None:
+    """Exponential moving average of the weights; young ones are forgotten faster, so that the start does not linger."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+
+
+# ---- What is written ------------------------------------------------------------------------------------------------
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return sorted(folder for folder in run.glob("step-*") if folder.suffix != ".partial")
+
+
+def save_checkpoint(run: Path, step: int, parts: dict[str, object], settings: dict) -> Path:
+    """A folder run/step-N with all that going on needs. It appears whole or not at all; then older ones are removed."""
+    folder = run / f"step-{step:07d}"
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": step}, aside / "state.pt")
+    checkpoint.write_json(aside / "settings.json", settings)
+    checkpoint.replace_folder(aside, folder)
+    for older in checkpoints(run):
+        if older != folder:
+            shutil.rmtree(older, ignore_errors=True)
+    return folder
+
+
+def load_checkpoint(run: Path, parts: dict[str, object], settings: dict, device: torch.device) -> int:
+    """Take up the newest checkpoint; returns its step, 0 where there is none."""
+    if not checkpoints(run):
+        return 0
+    folder = checkpoints(run)[-1]
+    before = checkpoint.read_json(folder / "settings.json")
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise InputError(f"{folder} was made with {name} {before.get(name)}, not {value}; --resume keeps settings")
+    try:
+        state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except Exception as error:  # torch.load and load_state_dict have many ways to say it
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{folder} is damaged ({reason}); remove it to go on from an older one, or anew") from None
+    return state["step"]
+
+
+def flow_scheduler(teacher: StableDiffusion, windows: int) -> dict:
+    """The scheduler settings that make a flow of a model, as PeRFlow's tools read them."""
+    form = teacher.prediction_type if teacher.windows else "ddim_eps"
+    flow = {"_class_name": "PeRFlowScheduler", "num_time_windows": windows, "prediction_type": form}
+    return teacher.configs["scheduler"] | flow
+
+
+def save_flow(unet: UNet, scheduler: dict, base: Path, out: Path, dtype: torch.dtype) -> None:
+    """Write the flow as a complete model folder: a new UNet and scheduler, and all other parts of `base`, hard-linked
+    where the file system can. It appears whole or not at all."""
+    aside = out.with_name(out.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    parts = [name for name in checkpoint.read_json(base / "model_index.json") if (base / name).is_dir()]
+    files = [file for part in parts for file in sorted((base / part).rglob("*")) if file.is_file()]
+    for file in [base / "model_index.json", *files]:
+        new = aside / file.relative_to(base)
+        weights_of_unet = file.parent == base / "unet" and file.name != "config.json"
+        if file.suffix in checkpoint.PICKLES or weights_of_unet:
+            continue
+        new.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file.resolve(), new)
+        except OSError:
+            shutil.copyfile(file, new)
+    (aside / "scheduler/scheduler_config.json").unlink()  # else the link's other end would change, too
+    checkpoint.write_json(aside / "scheduler/scheduler_config.json", scheduler)
+    weights = {name: weight.to(dtype) for name, weight in unet.state_dict().items()}
+    checkpoint.write_tensors(aside / f"unet/{NETWORKS['unet'][2]}.safetensors", weights)
+    checkpoint.replace_folder(aside, out)
+
+
+class Log:
+    """run/log.jsonl, one line per `every` steps with their means; and the same on the progress bar."""
+
+    def __init__(self, run: Path, step: int, args: argparse.Namespace, quiet: bool):
+        self.file, self.every, self.quiet = run / "log.jsonl", args.log_every, quiet
+        self.sums, self.count, self.since = None, 0, time.time()
+        self.bar = tqdm(total=args.iters, initial=step, disable=quiet, desc=f"stage {args.stage}")
+        if not quiet:  # what a resumed run does again is not to be in the log twice
+            kept = [line for line in self.lines() if json.loads(line)["step"] <= step]
+            self.file.with_suffix(".partial").write_text("".join(kept))
+            os.replace(self.file.with_suffix(".partial"), self.file)
+
+    def lines(self) -> list[str]:
+        whole = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
+        return [line for line in whole if line.endswith("}\n")]  # the last one may have been cut off
+
+    def add(self, step: int, numbers: dict[str, float], evaluations: int) -> None:
+        self.bar.update()
+        self.sums = {name: number + (self.sums or {}).get(name, 0) for name, number in numbers.items()}
+        self.count += 1
+        if self.quiet or step % self.every:
+            return
+        seconds = time.time() - self.since
+        line = {name: total / self.count for name, total in self.sums.items()}
+        line |= {"step": step, "evaluations_per_second": evaluations * self.count / seconds}
+        with self.file.open("a") as file:
+            file.write(
+                json.dumps({name: float(f"{number:.6g}") for name, number in line.items()} | {"step": step}) + "\n"
+            )
+        shown = {"loss": line["loss"], "mse": line["mse"], "cos": line["cos"]}
+        self.bar.set_postfix(
+            {k: f"{v:.4f}" for k, v in shown.items()} | {"NFE/s": f"{line['evaluations_per_second']:.0f}"}
+        )
+        self.sums, self.count, self.since = None, 0, time.time()
+
+
+# ---- The run --------------------------------------------------------------------------------------------------------
+
+
+class Stop:
+    """Ctrl-C, or SIGTERM of a queueing system, ends the run after the step at hand; a second Ctrl-C at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.before = {which: signal.signal(which, self.ask) for which in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, which: int, frame: object) -> None:
+        self.asked = True
+        self.restore()
+
+    def restore(self) -> None:
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Fill in what the command line left open, and refuse what cannot be, before any work."""
+    if args.stage is None and not (args.windows and args.teacher):
+        raise InputError("name a --stage; or, for a stage of your own, --windows and --teacher")
+    args.name = args.name or (f"stage-{args.stage}" if args.stage else f"windows-{args.windows}")
+    args.windows = args.windows or STAGES[args.stage]
+    before = args.out / f"stage-{args.stage - 1}" if args.stage else None
+    args.teacher = args.teacher or (args.model or sample.MINIATURE if args.stage == 1 else before)
+    args.student = args.student or args.teacher
+    for path in args.teacher, args.student:
+        if not path.exists():
+            hint = f"train stage {args.stage - 1} first, or name a --teacher" if path == before else "check the path"
+            raise InputError(f"the model {path} does not exist; {hint}")
+        if path.is_file():
+            raise InputError(f"{path} is a single file; make a folder of it: python convert.py {path} FOLDER")
+    configs = checkpoint.read_json(args.teacher / "unet/config.json")
+    defaults = DEFAULTS.get(configs.get("cross_attention_dim"), DEFAULTS["smaller"])
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in "windows", "iters", "batch_size", "accumulate", "points", "log_every", "save_every":
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+
+
+def source_of(args: argparse.Namespace) -> data.Scenes | data.Latents:
+    if args.data is None:
+        return data.Scenes(seed=0)
+    if not args.data.is_dir():
+        raise InputError(f"--data {args.data} is no folder; check the path")
+    return data.Latents(args.data)
+
+
+@torch.no_grad()
+def draw_sheet(teacher: StableDiffusion, average: UNet, args: argparse.Namespace, file: Path) -> None:
+    """The same pictures every time, by the student of now: one step per window, at least 4."""
+    flow = copy.copy(teacher)
+    flow.unet, flow.configs = average, teacher.configs | {"scheduler": flow_scheduler(teacher, args.windows)}
+    prompts = sample.read_prompts(args.sample_prompts)[:16]
+    with torch.autocast(teacher.device.type, torch.bfloat16, enabled=teacher.device.type != "cpu"):
+        images = sample.generate(flow, prompts, max(args.windows, 4), args.guidance, seed=0, size=args.size)
+    sample.contact_sheet(list(images), prompts, 8).save(file.with_suffix(".partial"), format="PNG")
+    os.replace(file.with_suffix(".partial"), file)
+
+
+def run(args: argparse.Namespace) -> None:
+    settle(args)
+    process = Process.start(args.device)
+    folder, result = args.out / f"{args.name}-run", args.out / args.name
+    if process.rank == 0:
+        sample.make_folder(folder)
+    if checkpoints(folder) and not args.resume:
+        raise InputError(f"{checkpoints(folder)[-1]} is there already; go on with --resume, or choose another --out")
+
+    low = torch.float32 if process.device.type == "cpu" else torch.bfloat16
+    teacher = StableDiffusion.load(args.teacher, process.device, low)
+    steps = solver_steps(teacher, args.windows, args.solver_steps)
+    # Weights are views of the mapped file until they are used: of this second model, just two parts take memory.
+    stored = StableDiffusion.load(args.student, "cpu", None)
+    student = stored.unet.to(process.device, torch.float32).requires_grad_(True)
+    teacher.vae = stored.vae.to(process.device, torch.float32)  # its rounding errors would be in every target
+    average = copy.deepcopy(student).requires_grad_(False)
+    optimizer = torch.optim.AdamW(student.parameters(), args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+    parts = {"student": student, "average": average, "optimizer": optimizer}
+    settings = {name: str(getattr(args, name)) for name in KEPT} | {"processes": str(process.world)}
+    start = load_checkpoint(folder, parts, settings, process.device)
+    if args.recompute:
+        recompute_activations(student)
+    if args.compile:
+        student.compile()
+        teacher.unet.compile()
+    network = student if process.world == 1 else DistributedDataParallel(student)
+
+    size = sample.check_size(teacher, args.size) // teacher.downscale
+    latent = (teacher.unet.cfg.in_channels, size, size)
+    samples = data.Samples(source_of(args), args.seed, latent, reflow.borders(args.windows), args.points)
+    first, count = start * args.accumulate, (args.iters - start) * args.accumulate
+    items = iter(data.batches(samples, first, count, args.batch_size, process.rank, process.world, args.workers))
+    log = Log(folder, start, args, quiet=process.rank > 0)
+    evaluations = process.world * args.accumulate * args.batch_size * (steps + 3 * args.points)
+    stop = Stop()
+
+    for step in range(start, args.iters):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        numbers = torch.zeros(4, device=process.device)
+        for part in range(args.accumulate):
+            batch = prepare(teacher, next(items), process.device)
+            wait = process.world > 1 and part < args.accumulate - 1  # gradients travel once, with the last part
+            with network.no_sync() if wait else nullcontext():
+                with torch.autocast(process.device.type, torch.bfloat16, enabled=low == torch.bfloat16):
+                    loss, both = loss_of(network, teacher, batch, args.windows, steps, args.alpha)
+                (loss / args.accumulate).backward()
+            numbers[:3] += torch.stack([loss.detach(), both["mse"], both["cos"]]) / args.accumulate
+        norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)  # of averaged gradients: the same in all processes
+        if not norm.isfinite():
+            report_divergence(step, numbers[0], process, folder)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_average(average, student, step, args.ema)
+        numbers[3] = stop.asked
+        loss, mse, cos, stopping = process.mean(numbers).tolist()
+        log.add(
+            step + 1, {"loss": loss, "mse": mse, "cos": cos, "grad_norm": norm.item(), "lr": group["lr"]}, evaluations
+        )
+
+        done = step + 1
+        if process.rank == 0 and (done == args.iters or stopping or done % args.save_every == 0):
+            save_checkpoint(folder, done, parts, settings)
+        if process.rank == 0 and args.sample_every and (done == args.iters or done % args.sample_every == 0):
+            draw_sheet(teacher, average, args, folder / f"sheet-{done:07d}.png")
+        if stopping and done < args.iters:
+            log.bar.close()
+            raise KeyboardInterrupt
+    stop.restore()
+    log.bar.close()
+    if process.rank == 0:
+        save_flow(average, flow_scheduler(teacher, args.windows), args.teacher, result, getattr(torch, args.save_dtype))
+        print(f"{result} is ready: python sample.py --model {result} --steps {max(args.windows, 4)} --prompt ...")
+    if process.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def report_divergence(step: int, loss: Tensor, process: Process, folder: Path) -> None:
+    """Stop, in all processes, before the weights are touched."""
+    bad = torch.zeros(process.world, device=process.device)
+    bad[process.rank] = not loss.isfinite()
+    ranks = (process.mean(bad) > 0).nonzero().flatten().tolist()
+    where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "the gradient"
+    good = checkpoints(folder)[-1] if checkpoints(folder) else "none was written yet"
+    raise InputError(f"{where} is not finite at step {step}; last good checkpoint: {good}. Try a lower --lr")
+
+
+# What a resumed run must have in common with the interrupted one.
+KEPT = ("teacher", "student", "windows", "alpha", "batch_size", "accumulate", "points", "solver_steps", "lr", "warmup")
+KEPT += ("cooldown", "ema", "seed", "size", "data", "iters")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=STAGES, help="8, 4, 2 or 1 windows, from the stage before")
+    parser.add_argument("--windows", type=int, help="so many windows instead")
+    parser.add_argument("--model", type=Path, help="stage 1: the diffusion model's folder; default: the miniature")
+    parser.add_argument("--teacher", type=Path, help="whose path is learned; default: --model, then the stage before")
+    parser.add_argument("--student", type=Path, help="whose weights the student starts from; default: the teacher's")
+    parser.add_argument("--data", type=Path, help="folder of cached latents; default: the miniature's drawn scenes")
+    parser.add_argument("--out", type=Path, default=Path("out/train"), help="folder of all stages")
+    parser.add_argument("--name", help="name of the result in --out; default: stage-K")
+    parser.add_argument("--alpha", type=float, default=0.1, help="weight of the direction; 0: plain squared error")
+    parser.add_argument("--iters", type=int, help="updates; default by model, see DEFAULTS")
+    parser.add_argument("--batch-size", type=int, help="samples per process, and per part of an update")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts of an update")
+    parser.add_argument(
+        "--points", type=int, default=1, help="points shown of each solved path (more: cheaper teacher)"
+    )
+    parser.add_argument(
+        "--solver-steps", type=int, help="teacher's steps per window; default: its share of 32, or of windows"
+    )
+    parser.add_argument("--lr", type=float, help="learning rate; default by model")
+    parser.add_argument("--warmup", type=int, default=500, help="updates until the learning rate is reached")
+    parser.add_argument("--cooldown", type=float, help="share of the updates in which it falls to zero, at the end")
+    parser.add_argument("--ema", type=float, help="decay of the moving average of weights, which is what is kept")
+    parser.add_argument("--seed", type=int, default=0, help="of data order, noise and times")
+    parser.add_argument("--size", type=int, help="height and width of pictures; default: the model's")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read data")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    parser.add_argument("--save-every", type=int, default=500, help="updates between checkpoints")
+    parser.add_argument("--log-every", type=int, default=20, help="updates between lines of log.jsonl")
+    parser.add_argument("--sample-every", type=int, default=1000, help="updates between sample sheets; 0: none")
+    parser.add_argument("--sample-prompts", type=Path, default=Path(__file__).parent / "docs/demo_prompts.txt")
+    parser.add_argument("--guidance", type=float, default=4.0, help="of the sample sheets; in training it is 1")
+    parser.add_argument("--save-dtype", choices=["float16", "float32"], default="float16", help="of the result")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: this process's GPU if there is one")
+    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, more time")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both networks: slow start, then faster")
+    args = parser.parse_args()
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        run(args)
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n" if rank == 0 else None)
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped and saved; the same command with --resume goes on\n" if rank == 0 else None)
+
+
+if __name__ == "__main__":
+    main()
