@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 
-.PHONY: demo test lint parity miniature clean
+.PHONY: demo test lint parity miniature train clean
 
 demo: .venv/ready  ## pictures from prompts, in out/demo/sheet.png
 	$(BIN)/python sample.py --prompts docs/demo_prompts.txt --steps 32 --guidance 5 --out out/demo
@@ -19,6 +19,9 @@ parity: .venv/ready-dev  ## compare every network with diffusers and transformer
 
 miniature: .venv/ready  ## train the miniature again, from nothing
 	$(BIN)/python miniature.py
+
+train: .venv/ready  ## all stages of ProReflow on the miniature, into out/train; may be interrupted and repeated
+	for stage in 1 2 3 4; do $(BIN)/python train.py --stage $$stage --resume || exit; done
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -70,7 +70,11 @@ class ClipVision(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalized pictures (B, 3, H, W) of the configured size -> embeddings (B, projection_dim), not normalized."""
+        return self.visual_projection(self.features(images)[:, 0])
+
+    def features(self, images: Tensor) -> Tensor:
+        """What is seen in the picture as a whole and in each patch: (B, 1 + P, D)."""
         x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(images))
         for layer in self.vision_model.encoder.layers:
             x = layer(x)
-        return self.visual_projection(self.vision_model.post_layernorm(x[:, 0]))
+        return self.vision_model.post_layernorm(x)

@@ -115,8 +115,12 @@ def batches(samples: Samples, first: int, count: int, size: int, rank: int, worl
     """
     starts = range((first * world + rank) * size, ((first + count) * world + rank) * size, world * size)
     numbers = [range(start, start + size) for start in starts]
-    return DataLoader(samples, batch_sampler=numbers, num_workers=workers, worker_init_fn=leave_interrupts_alone)
+    return DataLoader(samples, batch_sampler=numbers, num_workers=workers, worker_init_fn=leave_signals_alone)
 
 
-def leave_interrupts_alone(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; ending is the trainer's affair
+def leave_signals_alone(worker: int) -> None:
+    for which in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # they reach all processes of a job, and ending it is the trainer's affair
+        signal.signal(which, signal.SIG_IGN)

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 import checkpoint
 import convert
+import data
 import fid
 import sample
 import scenes
@@ -83,7 +83,7 @@ def fit(
     name: str,
     network: nn.Module,
     loss_of: Callable[[object, int], Tensor],
-    data: Callable[[int, int], Iterator],
+    batches_of: Callable[[int, int], Iterator],
     args: argparse.Namespace,
     iterations: int,
     lr: float,
@@ -91,7 +91,7 @@ def fit(
 ) -> nn.Module:
     """Train `network`, resuming where an earlier run stopped; returns the moving average of its weights (EMA).
 
-    data(first, count) yields the batches of steps first, first + 1, ...; loss_of(batch, step) is a scalar.
+    batches_of(first, count) yields the batches of steps first, first + 1, ...; loss_of(batch, step) is a scalar.
     """
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -112,7 +112,7 @@ def fit(
         start = state["step"]
     saved, losses = time.time(), None
     bar = tqdm(total=iterations, initial=start, desc=name, mininterval=5)
-    for step, batch in enumerate(data(start, iterations - start), start):
+    for step, batch in enumerate(batches_of(start, iterations - start), start):
         for group in optimizer.param_groups:
             group["lr"] = lr * rate(step)
         torch.manual_seed(step)  # the noise of a step depends on its number alone, so resuming changes nothing
@@ -179,10 +179,10 @@ def train_vae(args: argparse.Namespace) -> tuple[VAE, dict]:
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
         return (decoded.float() - images).abs().mean() + 3e-4 * step / iterations * kl.float().mean()
 
-    def data(first: int, count: int):
+    def drawn(first: int, count: int):
         return batches(TRAIN, first, count, 16, args.workers)
 
-    average = fit("vae", vae, loss_of, data, args, iterations, lr=2e-3, low_precision=True)
+    average = fit("vae", vae, loss_of, drawn, args, iterations, lr=2e-3, low_precision=True)
     images = torch.stack([Scenes(TRAIN)[i][0] for i in range(512)]).to(args.device)
     with torch.no_grad():
         scale = 1 / average.encode(images)[0].std().item()
@@ -202,7 +202,7 @@ class Clip(nn.Module):
 
 
 def train_clip(tokenizer: Tokenizer, args: argparse.Namespace) -> Clip:
-    """Of all pictures in a batch, which is each caption's, and the reverse (Radford et al. 2021, figure 3)."""
+    """First the vision tower learns to see, then both towers learn which caption belongs to which picture."""
     torch.manual_seed(0)
     clip = Clip()
     for name, weight in clip.named_parameters():
@@ -211,95 +211,125 @@ def train_clip(tokenizer: Tokenizer, args: argparse.Namespace) -> Clip:
         elif "position_embedding" in name:
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
     clip.to(args.device)
+    count = min(args.scenes, 40_000)
+    drawn = [scenes.make_scene(np.random.default_rng((TRAIN, i))) for i in range(count)]
+    images = torch.from_numpy(np.stack([scenes.draw(scene) for scene in tqdm(drawn, desc="drawing scenes")]))
+    images = images.permute(0, 3, 1, 2)
 
-    def loss_of(batch, step: int) -> Tensor:
-        images, captions = batch
-        ids = tokenizer(captions)
+    def steps(first: int, number: int):
+        return range(first, first + number)
+
+    there, whole = (torch.from_numpy(np.stack(part)) for part in zip(*map(labels_of, drawn)))
+    width = VISION_SETTINGS["hidden_size"]
+    heads = {"patch": nn.Linear(width, 1 + len(KINDS)), "whole": nn.Linear(width, whole.shape[1])}
+    seer = nn.ModuleDict({"vision": clip.vision} | heads).to(args.device)
+
+    def labelling_loss(_, step: int) -> Tensor:
+        """Contrast alone teaches colors and numbers, and for very long no shapes. So first: what is on each patch, and
+        what is in the whole picture, on which sides?"""
+        which = torch.randint(count, (64,))
+        seen = seer["vision"].features(images[which].to(args.device).float() / 127.5 - 1)
+        patches, picture = seer["patch"](seen[:, 1:]).float(), seer["whole"](seen[:, 0]).float()
+        wrong = F.binary_cross_entropy_with_logits(picture, whole[which].to(args.device), reduction="none")
+        on_patches = F.cross_entropy(patches.flatten(0, 1), there[which].flatten().to(args.device))
+        return on_patches + 0.1 * wrong.sum(dim=1).mean()
+
+    seer = fit("vision", seer, labelling_loss, steps, args, args.iters or 4000, lr=1.5e-3, low_precision=True)
+    clip.vision.load_state_dict(seer["vision"].state_dict())
+
+    def contrast(_, step: int) -> Tensor:
+        """Radford et al. 2021, figure 3; and each picture's caption is also to be told from four false ones.
+
+        These differ from it in one thing, while the pictures of a batch differ in so much that color alone would do.
+        """
+        which, rng = torch.randint(count, (64,)), np.random.default_rng((TRAIN, step, 0))
+        captions = [scenes.captions(drawn[i], rng, wrong=4) for i in which]
+        ids = tokenizer([told[0] for told in captions] + [false for told in captions for false in told[1:]])
         ids = ids[:, : (ids != tokenizer.end).sum(dim=1).max() + 1].to(args.device)  # padding comes after what counts
-        image = F.normalize(clip.vision(images.to(args.device)).float(), dim=-1)
+        image = F.normalize(clip.vision(images[which].to(args.device).float() / 127.5 - 1).float(), dim=-1)
         text = F.normalize(clip.text(ids)[2].float(), dim=-1)
-        logits = clip.logit_scale.clamp(max=math.log(100)).exp() * image @ text.T
-        target = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        true, false = text[:64], text[64:].unflatten(0, (64, 4))
+        scale = clip.logit_scale.clamp(max=math.log(100)).exp()
+        logits, against_false = scale * image @ true.T, scale * torch.einsum("bd,bfd->bf", image, false)
+        target = torch.arange(64, device=logits.device)
+        to_text = F.cross_entropy(torch.cat([logits, against_false], dim=1), target)
+        return (to_text + F.cross_entropy(logits.T, target)) / 2
 
-    iterations = args.iters or 1200
-
-    def data(first: int, count: int):
-        if count <= 0:  # finished earlier: do not draw the scenes again
-            return []
-        order = one_color_batches(min(iterations, 1500), 64)
-        steps = [i for step in range(first, first + count) for i in order[step % len(order)]]
-        return DataLoader(Scenes(TRAIN), 64, sampler=steps, num_workers=args.workers)
-
-    return fit("clip", clip, loss_of, data, args, iterations, lr=1e-3, low_precision=True)
+    return fit("clip", clip, contrast, steps, args, args.iters or 2500, lr=1e-3, low_precision=True)
 
 
-def one_color_batches(count: int, size: int) -> list[list[int]]:
-    """Scenes put into batches whose captions all name the same color first.
+KINDS = list(itertools.product(scenes.SHAPES, scenes.COLORS, scenes.SIZES))
+SIDES = "on the left", "on the right", "at the top", "at the bottom"
 
-    In mixed batches colors alone tell captions apart so well that the towers never come to see shapes.
-    """
-    open_batches, full = {color: [] for color in scenes.COLORS}, []
-    for i in itertools.count():
-        if len(full) == count:
-            return full
-        color = scenes.claims(scenes.sample(TRAIN, i)[1]).items[0].color
-        open_batches[color].append(i)
-        if len(open_batches[color]) == size:
-            full.append(open_batches[color])
-            open_batches[color] = []
+
+def labels_of(scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray]:
+    """What lies on each 8 x 8 patch, (64,): 0 for the background, else 1 + its place in KINDS. And of the whole picture
+    in zeros and ones: is there one of this kind, and is there one of this shape and color on this side?"""
+    most, patches = np.full((8, 8), 0.25), np.zeros((8, 8), np.int64)
+    whole, sided = np.zeros(len(KINDS), np.float32), np.zeros((len(KINDS) // 2, 4), np.float32)
+    for item in scene.items:
+        kind = KINDS.index((item.shape, item.color, item.size))
+        covered = scenes.coverage(item.shape, item.x, item.y, item.radius, item.tilt)
+        share = covered.reshape(8, 8, 8, 8).mean(axis=(1, 3))
+        patches[share > most] = 1 + kind
+        most = np.maximum(most, share)
+        whole[kind] = 1
+        sided[kind // 2] = [scenes.lies(item, side, 0.05) for side in SIDES]
+    return patches.flatten(), np.concatenate([whole, sided.flatten()])
 
 
 @torch.no_grad()
-def encode_scenes(sd: StableDiffusion, count: int, args: argparse.Namespace) -> dict[str, Tensor]:
-    """Latents of the first `count` training scenes, as mean and deviation at the UNet's scale, and their token ids.
+def encode_scenes(sd: StableDiffusion, count: int, args: argparse.Namespace) -> data.Latents:
+    """Latents and captions of the first `count` training scenes.
 
-    Encoded once and kept in a file, since the UNet sees every scene many times; another VAE makes another file."""
+    Encoded once and kept, since the UNet sees every scene many times; another VAE makes another folder. What it holds
+    is also fit for `train.py --data`."""
     vae = sample.fingerprint(sd.vae.encoder.conv_in.weight, sd.vae.quant_conv.weight)
-    file = args.work / f"latents-{count}-{vae}.safetensors"
-    if file.exists():
-        return load_file(file)
-    parts = []
-    for images, captions in tqdm(batches(TRAIN, 0, -(-count // 250), 250, args.workers), desc="encoding scenes"):
-        with torch.autocast(args.device, torch.bfloat16):
-            mean, log_variance = sd.vae.encode(images.to(args.device))
-        scale = sd.vae.cfg.scaling_factor
-        ids = sd.tokenizers[0](list(captions)).to(torch.int16)
-        parts.append(((mean * scale).half().cpu(), ((0.5 * log_variance.float()).exp() * scale).half().cpu(), ids))
-    mean, deviation, ids = (torch.cat(part) for part in zip(*parts))
-    known = {"mean": mean, "deviation": deviation, "ids": ids}
-    checkpoint.write_tensors(file.with_suffix(".partial"), known)
-    os.replace(file.with_suffix(".partial"), file)
-    return known
+    folder = args.work / f"latents-{count}-{vae}"
+    if not folder.exists():
+        parts, captions = [], []
+        for images, told in tqdm(batches(TRAIN, 0, -(-count // 250), 250, args.workers), desc="encoding scenes"):
+            with torch.autocast(args.device, torch.bfloat16):
+                parts.append([part.float().cpu() for part in sd.vae.encode(images.to(args.device))])
+            captions += told
+        mean, log_variance = (torch.cat(part) for part in zip(*parts))
+        folder.mkdir(parents=True)
+        data.write_latents(folder / "00000.safetensors", mean, log_variance, captions)
+    return data.Latents(folder)
 
 
 @torch.no_grad()
 def encode_texts(text: ClipText, ids: Tensor, device: str) -> Tensor:
     """(N, L) token ids -> (N, L, D) fp16: the text encoder is frozen, so its work is done once."""
-    return torch.cat([text(few.to(device).long())[0].half() for few in ids.split(1000)])
+    return torch.cat([text(few.to(device))[0].half() for few in ids.split(1000)])
 
 
 def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
     """Predict the noise in a noisy latent (Ho et al. 2020, algorithm 1), with the caption left out one time in ten."""
     known = encode_scenes(sd, args.scenes, args)
-    mean, deviation = known["mean"].to(args.device), known["deviation"].to(args.device)
-    captions, which = known["ids"].unique(dim=0, return_inverse=True)
-    empty = sd.tokenizers[0]([""]).to(captions.dtype)
-    texts = encode_texts(sd.text_encoders[0], torch.cat([captions, empty]), args.device)  # the last is the empty one
+    mean, log_variance, _ = (part.to(args.device) for part in known.parts[0])
+    scale = sd.vae.cfg.scaling_factor
+    captions = [known[i]["caption"] for i in range(len(known))]
+    different = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    ids = sd.tokenizers[0]([*different, ""])
+    texts = encode_texts(sd.text_encoders[0], ids, args.device)  # the last is the empty one
+    which = torch.tensor([different[caption] for caption in captions])
     which = which.to(args.device)
     unet = sd.unet.requires_grad_(True)
 
     def loss_of(_, step: int) -> Tensor:
         pick = torch.randint(len(mean), (args.batch_size,), device=args.device)
         z = mean[pick].float()
-        z = z + deviation[pick].float() * torch.randn_like(z)
+        z = scale * (z + (0.5 * log_variance[pick].float()).exp() * torch.randn_like(z))
         t = torch.randint(1000, (len(z),), device=args.device)
         noise = torch.randn_like(z)
         a = sd.alphas_cumprod[t].view(-1, 1, 1, 1)
         dropped = torch.rand(len(z), device=args.device) < 0.1
         text = texts[torch.where(dropped, len(texts) - 1, which[pick])].float()
         predicted = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, text)
-        return F.mse_loss(predicted.float(), noise)
+        # Weighted as an error of the velocity (Salimans & Ho 2022, "SNR + 1"): where things go is decided at times when
+        # nearly all is noise, and there a plain error of the noise hardly counts.
+        return ((predicted.float() - noise).square() / a).mean()
 
     def steps(first: int, count: int):
         return range(first, first + count)
@@ -307,7 +337,9 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
     on_gpu = args.device != "cpu"
     # Trained on from a model, it is not the run that made that model, whose finished state may still be there.
     name = f"unet-{sample.fingerprint(unet.conv_in.weight, unet.conv_out.weight)}" if args.init else "unet"
-    return fit(name, unet, loss_of, steps, args, args.iters or 20_000, lr=1.5e-3, low_precision=on_gpu)
+    if args.compile:
+        unet.compile()
+    return fit(name, unet, loss_of, steps, args, args.iters or 50_000, lr=1e-3, low_precision=on_gpu)
 
 
 def settings_of(config_class: type, settings: dict):
@@ -441,6 +473,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="of the UNet")
     parser.add_argument("--scenes", type=int, default=100_000, help="how many scenes the UNet sees, again and again")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the UNet: twice as fast, needs a C++ compiler"
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
     args = parser.parse_args()
     try:

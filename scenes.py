@@ -11,7 +11,7 @@ Read next: miniature.py, which trains a whole Stable Diffusion on these.
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
@@ -136,6 +136,9 @@ POSITIONS |= {"at the top left": (-1, -1), "at the top right": (1, -1), "at the 
 POSITIONS |= {"at the bottom right": (1, 1), "in the center": (0, 0), "in the middle": (0, 0)}
 RELATIONS = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = ("no", "one", "two", "three", "four")
+# What a caption can be wrong about: fields of Named and of Claims, and their other values.
+LOOKS = {"shape": list(SHAPES), "color": list(COLORS), "size": list(SIZES), "position": list(POSITIONS)}
+FACTS = {"relation": list(RELATIONS), "count": [2, 3, 4], "tone": list(TONES), "pattern": PATTERNS}
 
 
 @dataclass
@@ -183,6 +186,30 @@ def choose_facts(scene: Scene, rng, named: int) -> Claims:
         if facts.relation is None and rng.random() < 0.4:
             name.position = pick(rng, [p for p in POSITIONS if lies(item, p, 0.12)] or [None])
     return facts
+
+
+def falsify(facts: Claims, scene: Scene, rng) -> Claims:
+    """The same claims but for one, so that they are false: a caption to be told from the true one."""
+
+    def other(options, told):
+        return pick(rng, [option for option in options if option != told])
+
+    names = facts.items
+    changes = [(facts, field, options) for field, options in FACTS.items() if getattr(facts, field)]
+    changes += [(name, field, options) for name in names for field, options in LOOKS.items() if getattr(name, field)]
+    if len(names) == 2:
+        changes += [(names, "shape", None), (names, "color", None)]
+    while True:
+        what, field, options = pick(rng, changes)
+        if what is names:  # each has what the other should have
+            a, b = (getattr(name, field) for name in names)
+            changed = [replace(names[0], **{field: b}), replace(names[1], **{field: a})]
+        else:
+            new = replace(what, **{field: other(options, getattr(what, field))})
+            changed = [new if name is what else name for name in names]
+        false = replace(new if what is facts else facts, items=changed)
+        if not holds(false, scene):
+            return false
 
 
 def say(facts: Claims, rng) -> str:
@@ -314,12 +341,25 @@ def judge(image: np.ndarray, caption: str) -> bool:
 def sample(seed: int, index: int) -> tuple[np.ndarray, str]:
     """Picture `index` of data set `seed`, (64, 64, 3) uint8, with its caption."""
     rng = np.random.default_rng((seed, index))
-    scene, kind, told = make_scene(rng), rng.random(), rng.random()
-    facts = choose_facts(scene, rng, 2 if kind < 0.35 else 1)
+    scene = make_scene(rng)
+    return draw(scene), say(some_facts(scene, rng), rng)
+
+
+def some_facts(scene: Scene, rng) -> Claims:
+    """What a caption tells of a scene: one or two items, sometimes how many there are, or the background."""
+    kind, told = rng.random(), rng.random()
+    facts = choose_facts(scene, rng, 2 if kind < 0.5 else 1)
     facts.count = len(scene.items) if kind > 0.9 else None
     facts.tone = scene.tone if told < 0.12 else None
     facts.pattern = scene.pattern if 0.06 < told < 0.18 else None
-    return draw(scene), say(facts, rng)
+    return facts
+
+
+def captions(scene: Scene, rng, wrong: int) -> list[str]:
+    """A true caption, and `wrong` false ones that differ from it in one thing and not in their phrasing."""
+    facts, phrasing = some_facts(scene, rng), rng.integers(2**32)
+    told = [facts] + [falsify(facts, scene, rng) for _ in range(wrong)]
+    return [say(facts, np.random.default_rng(phrasing)) for facts in told]
 
 
 def prompt(seed: int, index: int, named: int = 1) -> str:

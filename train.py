@@ -111,7 +111,12 @@ def solver_steps(sd: StableDiffusion, windows: int, steps: int | None) -> int:
     if sd.windows == windows or whole % windows:
         kind = f"a flow of {whole} windows" if sd.windows else f"{whole} teacher steps"
         raise InputError(f"{kind} cannot be merged into {windows} windows; take a smaller divisor of {whole}")
-    return steps or whole // windows
+    share = whole // windows
+    if steps and sd.windows and steps % share:
+        raise InputError(
+            f"--solver-steps {steps} is no multiple of {share}, the teacher's windows in one of the student's"
+        )
+    return steps or share
 
 
 def prepare(sd: StableDiffusion, items: dict, device: torch.device) -> dict:
@@ -181,7 +186,7 @@ def update_average(average: UNet, network: UNet, step: int, decay: float) -> Non
 
 
 def checkpoints(run: Path) -> list[Path]:
-    return sorted(folder for folder in run.glob("step-*") if folder.suffix != ".partial")
+    return sorted(run.glob("step-???????"))
 
 
 def save_checkpoint(run: Path, step: int, parts: dict[str, object], settings: dict) -> Path:
@@ -327,14 +332,27 @@ def settle(args: argparse.Namespace) -> None:
     for name in "windows", "iters", "batch_size", "accumulate", "points", "log_every", "save_every":
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.workers < 0 or args.solver_steps is not None and args.solver_steps < 1:
+        raise InputError("--workers must be at least 0, and --solver-steps at least 1")
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"seed must be from 0 to 2^32 - 1, not {args.seed}")
+    if args.sample_every:
+        sample.read_prompts(args.sample_prompts)  # now, since the first sheet is far away
 
 
-def source_of(args: argparse.Namespace) -> data.Scenes | data.Latents:
-    if args.data is None:
-        return data.Scenes(seed=0)
-    if not args.data.is_dir():
+def source_of(args: argparse.Namespace, latent: tuple[int, ...], downscale: int) -> data.Scenes | data.Latents:
+    """The data to train on, of latents (4, h, w)."""
+    if args.data and not args.data.is_dir():
         raise InputError(f"--data {args.data} is no folder; check the path")
-    return data.Latents(args.data)
+    source = data.Latents(args.data) if args.data else data.Scenes(seed=0)
+    item = source[0]
+    height, width = (n * downscale for n in item["mean"].shape[1:]) if args.data else item["image"].shape[1:]
+    if (height, width) != (latent[1] * downscale, latent[2] * downscale):
+        wanted = latent[1] * downscale
+        raise InputError(
+            f"the data's pictures are {height} x {width}, not of size {wanted}; choose other --data or --size"
+        )
+    return source
 
 
 @torch.no_grad()
@@ -379,7 +397,9 @@ def run(args: argparse.Namespace) -> None:
 
     size = sample.check_size(teacher, args.size) // teacher.downscale
     latent = (teacher.unet.cfg.in_channels, size, size)
-    samples = data.Samples(source_of(args), args.seed, latent, reflow.borders(args.windows), args.points)
+    samples = data.Samples(
+        source_of(args, latent, teacher.downscale), args.seed, latent, reflow.borders(args.windows), args.points
+    )
     first, count = start * args.accumulate, (args.iters - start) * args.accumulate
     items = iter(data.batches(samples, first, count, args.batch_size, process.rank, process.world, args.workers))
     log = Log(folder, start, args, quiet=process.rank > 0)
@@ -400,6 +420,7 @@ def run(args: argparse.Namespace) -> None:
             numbers[:3] += torch.stack([loss.detach(), both["mse"], both["cos"]]) / args.accumulate
         norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)  # of averaged gradients: the same in all processes
         if not norm.isfinite():
+            log.bar.close()
             report_divergence(step, numbers[0], process, folder)
         optimizer.step()
         optimizer.zero_grad()
@@ -435,7 +456,7 @@ def report_divergence(step: int, loss: Tensor, process: Process, folder: Path) -
     ranks = (process.mean(bad) > 0).nonzero().flatten().tolist()
     where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "the gradient"
     good = checkpoints(folder)[-1] if checkpoints(folder) else "none was written yet"
-    raise InputError(f"{where} is not finite at step {step}; last good checkpoint: {good}. Try a lower --lr")
+    raise InputError(f"{where} is not finite in update {step + 1}; last good checkpoint: {good}. Try a lower --lr")
 
 
 # What a resumed run must have in common with the interrupted one.
@@ -487,7 +508,9 @@ def main() -> None:
     except InputError as error:
         parser.exit(2, f"error: {error}\n" if rank == 0 else None)
     except KeyboardInterrupt:
-        parser.exit(130, "stopped and saved; the same command with --resume goes on\n" if rank == 0 else None)
+        parser.exit(
+            130, "stopped; the same command with --resume goes on from the last checkpoint\n" if rank == 0 else None
+        )
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def arguments(work, **changes):
         "batch_size": 4,
         "scenes": 300,
         "part": "all",
+        "compile": False,
     }
     return argparse.Namespace(**settings | changes)
 

@@ -1,0 +1,193 @@
+"""Which pictures training sees, and with which draws: a matter of seed and number alone."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import refusal, rewrite
+from torch.utils.data import Dataset
+
+import data
+import reflow
+import scenes
+
+
+class Numbers(Dataset):
+    """A source whose picture number n is n: without end, or of `length` pictures."""
+
+    def __init__(self, length=None):
+        self.length, self.endless = length, length is None
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, n):
+        return {"picture": n}
+
+
+def samples(source=None, seed=0, windows=8, points=1, shape=(2, 3)):
+    return data.Samples(source or Numbers(), seed, shape, reflow.borders(windows), points)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+# ---- sources ----
+
+
+def test_a_scene_is_the_drawn_picture_at_the_networks_scale_with_its_caption():
+    item = data.Scenes(seed=3)[5]
+    image, caption = scenes.sample(3, 5)
+    assert item["image"].shape == (3, 64, 64) and item["image"].dtype == torch.float32
+    assert item["image"].min() >= -1 and item["image"].max() <= 1 and item["caption"] == caption
+    assert np.array_equal(((item["image"] + 1) * 127.5).round().byte().permute(1, 2, 0), image)
+
+
+CAPTIONS = ["a red circle", "", "日本 語 – naïve café", "x" * 300, "🦆"]
+
+
+@pytest.fixture
+def latents(tmp_path):
+    """Two files of cached latents, with what is in them."""
+    generator = torch.Generator().manual_seed(0)
+    mean, log_variance = (torch.randn(5, 4, 8, 8, generator=generator) for _ in range(2))
+    for name, part in ("b", slice(2, 5)), ("a", slice(0, 2)):
+        data.write_latents(tmp_path / f"{name}.safetensors", mean[part], log_variance[part], CAPTIONS[part])
+    return tmp_path, mean, log_variance
+
+
+def test_written_latents_come_back_in_half_precision_and_captions_to_the_letter(latents):
+    folder, mean, log_variance = latents
+    source = data.Latents(folder)
+    assert len(source) == 5 and sorted(file.name for file in folder.iterdir()) == ["a.safetensors", "b.safetensors"]
+    for i in 4, 0, 2, 1, 3:
+        item = source[i]
+        assert item["caption"] == CAPTIONS[i] and item["mean"].dtype == item["log_variance"].dtype == torch.float32
+        assert torch.equal(item["mean"], mean[i].half().float())
+        assert torch.equal(item["log_variance"], log_variance[i].half().float())
+
+
+def test_captions_may_all_be_empty(tmp_path):
+    data.write_latents(tmp_path / "a.safetensors", torch.ones(2, 4, 8, 8), torch.ones(2, 4, 8, 8), ["", ""])
+    assert [item["caption"] for item in (data.Latents(tmp_path)[0], data.Latents(tmp_path)[1])] == ["", ""]
+
+
+def test_a_file_of_latents_appears_whole_or_not_at_all(latents, monkeypatch):
+    folder, mean, log_variance = latents
+
+    def fail_midway(file, tensors):
+        file.write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(data.checkpoint, "write_tensors", fail_midway)
+    with pytest.raises(OSError, match="No space left"):
+        data.write_latents(folder / "a.safetensors", 2 * mean, log_variance, CAPTIONS)
+    assert torch.equal(data.Latents(folder)[0]["mean"], mean[0].half().float())
+
+
+def test_a_folder_without_latents_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no latents")
+    assert refusal(data.Latents, tmp_path) == f"{tmp_path} holds no latents (*.safetensors); check the path"
+
+
+def test_other_tensors_than_latents_are_refused_by_name(latents):
+    folder, *_ = latents
+    rewrite(folder / "b.safetensors", lambda tensors: {"mean": tensors["mean"]})
+    message = refusal(data.Latents, folder)
+    assert message == f"{folder / 'b.safetensors'} holds no latents: captions, log_variance missing"
+
+
+def test_a_file_of_latents_that_was_cut_short_is_refused(latents):
+    folder, *_ = latents
+    (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:-100])
+    assert f"{folder / 'b.safetensors'} is damaged" in refusal(data.Latents, folder)
+
+
+# ---- samples ----
+
+
+def test_a_sample_depends_on_seed_and_number_alone():
+    ordered = [samples(points=3)[n] for n in range(6)]
+    again = samples(points=3)
+    for n in 4, 0, 5, 4, 2:
+        assert equal(again[n], ordered[n])
+    assert not np.array_equal(ordered[0]["noise"], ordered[1]["noise"])
+    assert not np.array_equal(samples(seed=1, points=3)[0]["noise"], ordered[0]["noise"])
+
+
+def test_noise_and_posterior_are_separate_standard_normal_draws():
+    item = samples(shape=(4, 64, 64))[0]
+    for name in "noise", "posterior":
+        assert item[name].shape == (4, 64, 64) and item[name].dtype == torch.float32
+        assert abs(item[name].mean()) < 0.03 and abs(item[name].std() - 1) < 0.03
+    assert abs((item["noise"] * item["posterior"]).mean()) < 0.03
+
+
+def test_the_first_time_is_spread_evenly_from_1_to_1000():
+    source = samples(points=2)
+    taus = np.array([int(source[n]["tau"][0]) for n in range(6000)])
+    assert taus.min() == 1 and taus.max() == 1000
+    counts, _ = np.histogram(taus, bins=np.arange(9) * 125 + 0.5)
+    assert counts.sum() == 6000 and abs(counts - 750).max() < 100  # four standard deviations
+
+
+@pytest.mark.parametrize("windows", [1, 3, 16])
+def test_further_times_lie_anywhere_in_the_window_of_the_first_but_not_at_its_end(windows):
+    source = samples(windows=windows, points=200)
+    seen = torch.stack([source[n]["tau"] for n in range(150)])
+    start, end = (border.view(seen.shape) for border in reflow.window_of(seen.flatten(), windows))
+    assert seen.dtype == torch.int64 and (start == start[:, :1]).all() and (end == end[:, :1]).all()
+    others = seen[:, 1:]
+    if windows == 16:  # narrow enough that every time comes up
+        assert sorted(set(others.flatten().tolist())) == list(range(1, 1001))
+    place = (start - seen)[:, 1:] / (start - end)[:, 1:]
+    assert abs(place.mean() - 0.5) < 0.02
+
+
+def test_a_tenth_of_the_captions_is_dropped():
+    source = samples()
+    assert 0.08 < np.mean([source[n]["dropped"] for n in range(2000)]) < 0.12
+
+
+def test_every_picture_comes_once_before_any_comes_again_and_then_in_another_order():
+    source = samples(Numbers(50))
+    epochs = [[source[n]["picture"] for n in range(50 * epoch, 50 * epoch + 50)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, range(50)]}) == 4
+    assert [samples(Numbers(50), seed=1)[n]["picture"] for n in range(50)] != epochs[0]
+
+
+def test_the_order_of_a_finite_source_does_not_depend_on_what_was_read_before():
+    fresh = {n: samples(Numbers(5))[n] for n in (12, 3, 7, 4, 11)}
+    source = samples(Numbers(5))
+    assert all(equal(source[n], sample) for n, sample in fresh.items())
+
+
+# ---- batches ----
+
+
+def read(first, count, size, rank=0, world=1, workers=0, source=None):
+    return list(data.batches(samples(source, points=2), first, count, size, rank, world, workers))
+
+
+def test_a_batch_is_the_samples_in_a_row():
+    (batch,) = read(first=2, count=1, size=3)
+    assert batch["picture"].tolist() == [6, 7, 8]
+    for i, n in enumerate([6, 7, 8]):
+        assert equal({name: part[i] for name, part in batch.items()}, samples(points=2)[n])
+
+
+@pytest.mark.parametrize("source", [None, Numbers(5)], ids=["endless", "finite"])
+def test_the_batches_of_two_processes_together_are_those_of_one_twice_as_large(source):
+    whole = read(first=1, count=3, size=4, source=source)
+    halves = [read(first=1, count=3, size=2, rank=rank, world=2, source=source) for rank in (0, 1)]
+    assert len(whole) == len(halves[0]) == len(halves[1]) == 3
+    for batch, left, right in zip(whole, *halves):
+        assert equal(batch, {name: torch.cat([left[name], right[name]]) for name in batch})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_go_on_where_others_stopped(workers):
+    whole = read(first=0, count=6, size=2, source=Numbers(5))
+    later = read(first=2, count=4, size=2, workers=workers, source=Numbers(5))
+    assert len(later) == 4 and all(equal(a, b) for a, b in zip(whole[2:], later))
