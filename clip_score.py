@@ -1,18 +1,49 @@
-"""CLIP's vision tower (Radford et al. 2021): a picture as one vector in the space that captions share.
+"""CLIP score: how well do pictures fit their prompts? (Radford et al. 2021; Hessel et al. 2021)
 
-Attribute names equal the keys of a CLIP folder's weights (`vision_model.*`, `visual_projection`). The layers are those
-of the text tower in `clip_text.py`, looking in both directions.
+    python clip_score.py IMAGES --clip weights/miniature-clip                    prompts from the PNGs of sample.py
+    torchrun --nproc-per-node 8 clip_score.py IMAGES --prompts captions_val2014.json --clip DIR --convention prefix
 
-Shapes: B batch, P patches, D width.
+CLIP's two towers map a picture and a text to vectors of one space; the score is the cosine between the two. The text
+tower is that of `clip_text.py`, the vision tower and the way pictures reach it are here. A model is a CLIP folder as
+the Hugging Face hub has them. Attribute names equal the keys of its weights.
+
+Shapes: B batch, P patches, D width. H W height and width, S that of the square the vision tower sees, all in pixels.
 """
 
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from clip_text import Encoder
+import checkpoint
+import sample
+from checkpoint import InputError
+from clip_text import ClipText, ClipTextConfig, Encoder, Tokenizer
+from convert import as_stored
+
+PUBLISHED = "openai/clip-vit-large-patch14 and laion/CLIP-ViT-g-14-laion2B-s12B-b42K on the Hugging Face hub are some"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+# What the published figures called "CLIP score" are: (said before the prompt, times the cosine).
+CONVENTIONS = {
+    "logits": ("", 100),  # as in `logits_per_image`: CLIP's trained temperature ended at 1/100, its bound
+    "prefix": ("A photo depicts ", 1),  # Hessel et al. 2021, but neither weighted by 2.5 nor cut off at 0
+}
+
+
+# ---------------------------------------------------------------- the vision tower
 
 
 @dataclass
@@ -78,3 +109,276 @@ class ClipVision(nn.Module):
         for layer in self.vision_model.encoder.layers:
             x = layer(x)
         return self.vision_model.post_layernorm(x)
+
+
+# ---------------------------------------------------------------- from a picture to what the tower sees
+
+
+@dataclass
+class ClipImageConfig:
+    """The fields of a CLIP folder's `preprocessor_config.json` that we read; the defaults are CLIP's own."""
+
+    size: int = 224  # of the short side; in newer files {"shortest_edge": 224}
+    crop_size: int = 224  # S; in newer files {"height": 224, "width": 224}
+    resample: int = 3  # pillow's number for bicubic
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    ONLY: ClassVar[dict[str, object]] = {  # see ClipTextConfig
+        "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255,
+        "do_convert_rgb": ..., "image_processor_type": ..., "feature_extractor_type": ..., "processor_class": ...,
+        "data_format": ...,
+    }  # fmt: skip
+
+    def __post_init__(self):
+        if isinstance(self.size, dict):
+            self.size = self.size.get("shortest_edge")
+        if isinstance(self.crop_size, dict) and self.crop_size.get("height") == self.crop_size.get("width"):
+            self.crop_size = self.crop_size.get("height")
+        if not (isinstance(self.size, int) and isinstance(self.crop_size, int) and 0 < self.crop_size <= self.size):
+            raise ValueError("size must be that of the shortest edge, and crop_size a square within it")
+        if len(self.image_mean) != 3 or len(self.image_std) != 3:
+            raise ValueError("image_mean and image_std must be three numbers, for red, green and blue")
+        self.resample = Image.Resampling(self.resample)
+
+
+def prepare(image: Image.Image, cfg: ClipImageConfig) -> Tensor:
+    """A picture of any size and mode -> the middle of it, normalized, (3, S, S) fp32.
+
+    Pillow's bicubic filter widens when it shrinks and rounds to whole levels. Torch's does neither, and it would
+    change the score.
+    """
+    image = image.convert("RGB")
+    width, height = (cfg.size * side // min(image.size) for side in image.size)
+    left, top = (width - cfg.crop_size) // 2, (height - cfg.crop_size) // 2
+    image = image.resize((width, height), cfg.resample)
+    image = image.crop((left, top, left + cfg.crop_size, top + cfg.crop_size))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (S, S, 3) -> (3, S, S)
+    mean, deviation = (torch.tensor(value).view(3, 1, 1) for value in (cfg.image_mean, cfg.image_std))
+    return (pixels - mean) / deviation
+
+
+# ---------------------------------------------------------------- both towers
+
+
+# Until 2023, every config.json held the settings that all kinds of models had in common. CLIP reads none of these.
+COMMON = set(
+    """chunk_size_feed_forward diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size id2label label2id
+    length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores problem_type remove_invalid_values repetition_penalty
+    return_dict return_dict_in_generate temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings top_k top_p
+    torchscript typical_p use_bfloat16""".split()
+)
+# These, too, as long as they ask for nothing.
+ABSENT = {"add_cross_attention", "is_decoder", "is_encoder_decoder", "pruned_heads"}
+# What a CLIP folder's text_config may leave out: ViT-B/32's sizes, while the text encoder of SD1.5 is ViT-L/14's.
+TEXT_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+
+
+def tower_settings(config: dict, tower: str, where: str) -> dict:
+    """The settings of one tower ("text" or "vision") in a CLIP folder's `config.json`."""
+    # OpenAI's older files have them twice, and then the other libraries go by this one alone.
+    settings = config.get(f"{tower}_config_dict")
+    settings = config.get(f"{tower}_config") if settings is None else settings
+    if config.get("model_type") != "clip" or not isinstance(settings, dict):
+        raise InputError(f"{where} describes no CLIP: model_type clip, with text_config and vision_config; {PUBLISHED}")
+    kept = {
+        name: value for name, value in settings.items() if name not in COMMON and (value or name not in ABSENT)
+    }  # fmt: skip
+    return kept | {"projection_dim": config.get("projection_dim") or 512}  # the tower's own, if any, is not used
+
+
+class ClipScore:
+    """A CLIP whose towers, tokenizer and preparation of pictures come from one folder. Made by `ClipScore.load`."""
+
+    def __init__(
+        self, text: ClipText, vision: ClipVision, tokenizer: Tokenizer, image_config: ClipImageConfig, name: str
+    ):
+        self.text, self.vision, self.tokenizer, self.image_config = text, vision, tokenizer, image_config
+        self.name = name
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "ClipScore":
+        """Load a CLIP folder of the usual layout, of any size; frozen and in eval mode. Raises InputError.
+
+        It holds `config.json`, `model.safetensors` (or shards with an index), the tokenizer's files, and
+        `preprocessor_config.json`, without which CLIP's own preparation is used.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder} is no CLIP folder: it has no config.json; {PUBLISHED}")
+        where = str(folder / "config.json")
+        config = checkpoint.read_json(folder / "config.json")
+        text = (
+            TEXT_DEFAULTS | tower_settings(config, "text", where) | {"architectures": ["CLIPTextModelWithProjection"]}
+        )
+        text = checkpoint.read_config(ClipTextConfig, text, f"{where}: text_config")
+        vision = tower_settings(config, "vision", where)
+        vision = checkpoint.read_config(ClipVisionConfig, vision, f"{where}: vision_config")
+
+        towers = {"text": checkpoint.build(ClipText, text), "vision": checkpoint.build(ClipVision, vision)}
+        both = nn.ModuleDict(towers)  # as one, so that every tensor of the file must belong to one of the two
+        files = checkpoint.find_tensors(folder, "model", dtype)
+        files.pop("logit_scale", None)  # the temperature, which matters in training only
+        sources = {key: (key.partition(".")[2], as_stored) for key in both.state_dict()}
+        checkpoint.assign(both, sources, files, device, dtype, str(folder))
+
+        image_config = read_image_config(folder, vision)
+        try:
+            tokenizer = Tokenizer.load(folder)
+        except (OSError, ValueError) as error:
+            raise InputError(str(error)) from None
+        tokenizer.length = text.max_position_embeddings
+        if tokenizer.bpe.get_vocab_size() != text.vocab_size:  # its ids would be other words to the text tower
+            tokens = tokenizer.bpe.get_vocab_size()
+            raise InputError(f"{folder}: the tokenizer knows {tokens} tokens, the text tower {text.vocab_size}")
+        name = f"{folder.resolve().name} ({vision.num_hidden_layers} layers of {vision.hidden_size}, patches of {vision.patch_size} px)"
+        return cls(towers["text"], towers["vision"], tokenizer, image_config, name)
+
+    @torch.no_grad()
+    def image_features(self, images: Sequence[Image.Image] | np.ndarray) -> Tensor:
+        """Pictures, pillow's of any sizes or uint8 (B, H, W, 3), -> embeddings (B, D), not normalized."""
+        images = [image if isinstance(image, Image.Image) else Image.fromarray(image) for image in images]
+        weight = self.vision.visual_projection.weight
+        pixels = torch.stack([prepare(image, self.image_config) for image in images])  # (B, 3, S, S)
+        return self.vision(pixels.to(weight.device, weight.dtype))
+
+    @torch.no_grad()
+    def text_features(self, prompts: list[str]) -> Tensor:
+        """Prompts -> embeddings (B, D), not normalized. What is beyond 77 tokens is cut off, with a notice."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts is a list of strings, not one string")
+        return self.text(self.tokenizer(prompts).to(self.text.text_projection.weight.device))[2]
+
+    def similarity(self, images: Sequence[Image.Image] | np.ndarray, prompts: list[str]) -> Tensor:
+        """The cosine, from -1 to 1, between each picture and its own prompt: (B,) fp32."""
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} pictures cannot be compared with {len(prompts)} prompts one by one")
+        return F.cosine_similarity(self.image_features(images).float(), self.text_features(prompts).float())
+
+    def score(self, images: Sequence[Image.Image] | np.ndarray, prompts: list[str], convention: str) -> Tensor:
+        """CLIP score of each picture (B,), by one of CONVENTIONS; a set of pictures has the mean of theirs."""
+        prefix, scale = CONVENTIONS[convention]
+        return scale * self.similarity(images, [prefix + prompt for prompt in prompts])
+
+
+def read_image_config(folder: Path, vision: ClipVisionConfig) -> ClipImageConfig:
+    settings = {"size": vision.image_size, "crop_size": vision.image_size}
+    for name in "processor_config.json", "preprocessor_config.json":  # the first is today's, with all in one
+        if (folder / name).is_file():
+            settings = checkpoint.read_json(folder / name)
+            settings = settings.get("image_processor", settings)
+    config = checkpoint.read_config(ClipImageConfig, settings, f"{folder}: preprocessor config")
+    if config.crop_size != vision.image_size:
+        sizes = f"pictures of {config.crop_size} pixels, the vision tower takes {vision.image_size}"
+        raise InputError(f"{folder}: the preprocessor config makes {sizes}")
+    return config
+
+
+# ---------------------------------------------------------------- a folder of pictures
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """All pictures in a folder and those within it, in the order of their names, with numbers in them by value."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; give one of pictures")
+    files = [file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file()]
+    files = [file for file in files if file.name != "sheet.png"]  # sample.py's, with all the others on it
+    if not files:
+        raise InputError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
+
+    def order(file: Path) -> list:  # split gives text, number, text, ...: 00000 ... 99999, 100000; or 1, 2, 10
+        parts = re.split("([0-9]+)", file.relative_to(folder).as_posix())
+        return [int(part) if i % 2 else part for i, part in enumerate(parts)] + [file.name]
+
+    return sorted(files, key=order)
+
+
+def read_picture(file: Path) -> tuple[Image.Image, str | None]:
+    """A picture, and the prompt in its text chunk, if it has one."""
+    with Image.open(file) as image:
+        return image.convert("RGB"), getattr(image, "text", {}).get("prompt")
+
+
+def run(args: argparse.Namespace) -> None:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size < 1:
+        raise InputError("--batch-size must be at least 1")
+    files = find_pictures(args.images)
+    prompts = sample.read_prompts(args.prompts) if args.prompts else None
+    if prompts and len(prompts) != len(files):
+        raise InputError(
+            f"{args.prompts} holds {len(prompts)} prompts, {args.images} {len(files)} pictures; there must be one for "
+            "each, in the order of the pictures' names"
+        )
+    device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    sample.check_device(device)
+    clip = ClipScore.load(args.clip, device)
+
+    # Of each picture its score, and whether it could be read. Added up in one order however the work was shared.
+    scores, readable = table = torch.zeros(2, len(files), dtype=torch.float64)
+    mine = range(rank, len(files), world)
+    for few in tqdm([mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)], disable=rank > 0):
+        images, told = [], []
+        for i in few:
+            try:
+                image, prompt = read_picture(files[i])
+            except Exception:  # pillow has many ways to say that a file is damaged
+                continue
+            prompt = prompts[i] if prompts else prompt
+            if prompt is None:
+                raise InputError(f"{files[i]} does not say its prompt, as pictures of sample.py do; give --prompts")
+            images.append(image)
+            told.append(prompt)
+            readable[i] = 1
+        if images:
+            scores[[i for i in few if readable[i]]] = clip.score(images, told, args.convention).double().cpu()
+    if world > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
+        torch.distributed.all_reduce(table)
+        torch.distributed.destroy_process_group()
+
+    skipped = [str(file) for file, could in zip(files, readable) if not could]
+    if len(skipped) > max(1, len(files) // 100) or len(skipped) == len(files):
+        raise InputError(
+            f"{len(skipped)} of {len(files)} pictures cannot be read ({checkpoint.first(skipped)}); make them again"
+        )
+    if rank == 0:
+        if skipped:
+            names = checkpoint.first(skipped, 20)
+            print(f"notice: {len(skipped)} of {len(files)} pictures cannot be read: {names}", file=sys.stderr)
+        prefix, scale = CONVENTIONS[args.convention]
+        told = f'"{prefix}" + prompt' if prefix else "prompt"
+        what = f"{scale} x cosine(picture, {told})" if scale != 1 else f"cosine(picture, {told})"
+        mean, count = (scores.sum() / readable.sum()).item(), int(readable.sum())
+        print(f"CLIP score {mean:.4f}: mean of {what} over {count} pictures, by {clip.name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How well do pictures fit their prompts? The CLIP score.")
+    parser.add_argument("images", type=Path, help="folder of pictures")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        help="a file with a prompt per picture, or a COCO captions JSON, in the order of the pictures' names; "
+        "default: the prompts that sample.py wrote into its pictures",
+    )
+    parser.add_argument("--clip", type=Path, required=True, help="CLIP folder")
+    parser.add_argument(
+        "--convention",
+        choices=CONVENTIONS,
+        default="logits",
+        help='logits (default): 100 x cosine; prefix: raw cosine, with "A photo depicts " before the prompt',
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures looked at at once")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
+    try:
+        run(parser.parse_args())
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

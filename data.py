@@ -4,9 +4,16 @@ Training sees sample number 0, 1, 2, ... without end. Which picture that is, and
 follows from (seed, number) alone: not from the number of processes, nor from how often the run was interrupted. So the
 number of samples seen is all that a checkpoint has to remember, and two processes train on what one would have.
 
-A source is a `Dataset` of pictures (3, H, W) in [-1, 1], or of latents, each with its caption. Read `train.py` next.
+A source is a `Dataset` of pictures (3, H, W) in [-1, 1], or of latents, each with its caption. Latents are made once:
+
+    python data.py cache --out out/latents                     of 100,000 drawn scenes, by the miniature's VAE
+    torchrun --nproc-per-node 8 data.py cache ...              the same by several processes
+
+Read `train.py` next.
 """
 
+import argparse
+import os
 import signal
 from pathlib import Path
 
@@ -14,11 +21,15 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
 
 import checkpoint
+import sample
 import scenes
 from checkpoint import InputError
+from model import StableDiffusion
+from vae import VAE
 
 
 class Scenes(Dataset):
@@ -28,6 +39,7 @@ class Scenes(Dataset):
 
     def __init__(self, seed: int):
         self.seed = seed
+        self.name = f"drawn scenes, seed {seed}"
 
     def __getitem__(self, i: int) -> dict:
         image, caption = scenes.sample(self.seed, i)
@@ -72,6 +84,45 @@ def write_latents(file: Path, mean: Tensor, log_variance: Tensor, captions: list
     tensors = {"mean": mean.half(), "log_variance": log_variance.half(), "captions": torch.from_numpy(padded)}
     checkpoint.write_tensors(file.with_suffix(".partial"), tensors)
     file.with_suffix(".partial").replace(file)
+
+
+def cache(vae: VAE, source: Dataset, count: int, folder: Path, shard: int = 5000, workers: int = 0) -> None:
+    """Encode the first `count` pictures into `folder`, one file for every `shard` of them.
+
+    What is there already is not made again; under torchrun each process makes its share. Raises InputError where the
+    folder holds something else: latents of another VAE, or of another number.
+    """
+    sample.make_folder(folder)
+    made_of = {"vae": fingerprint(vae), "count": count, "shard": shard, "source": source.name}
+    if (folder / "made_of.json").exists():
+        before = checkpoint.read_json(folder / "made_of.json")
+        if before != made_of:
+            raise InputError(f"{folder} holds other latents ({before}, not {made_of}); choose another --out")
+    elif any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder} holds latents that do not say of what; choose another --out")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    weight = vae.encoder.conv_in.weight
+    shards = range(rank, -(-count // shard), world)
+    files = {k: folder / f"{k:05d}.safetensors" for k in shards}
+    todo = [k for k in shards if not files[k].exists()]
+    aside = folder / f"made_of-{rank}.partial"
+    checkpoint.write_json(aside, made_of)
+    os.replace(aside, folder / "made_of.json")
+    bar = tqdm(total=len(todo) * shard, desc="encoding", disable=rank > 0)
+    for k in todo:
+        numbers = range(k * shard, min((k + 1) * shard, count))
+        parts, captions = [], []
+        for batch in DataLoader(Subset(source, numbers), batch_size=50, num_workers=workers):
+            with torch.no_grad():
+                parts.append([part.cpu() for part in vae.encode(batch["image"].to(weight))])
+            captions += batch["caption"]
+            bar.update(len(batch["caption"]))
+        mean, log_variance = (torch.cat(part) for part in zip(*parts))
+        write_latents(files[k], mean, log_variance, captions)
+
+
+def fingerprint(vae: VAE) -> str:
+    return sample.fingerprint(vae.encoder.conv_in.weight, vae.quant_conv.weight)
 
 
 class Samples(Dataset):
@@ -124,3 +175,28 @@ def leave_signals_alone(worker: int) -> None:
         signal.SIGTERM,
     ):  # they reach all processes of a job, and ending it is the trainer's affair
         signal.signal(which, signal.SIG_IGN)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["cache"], help="cache: encode pictures once, for train.py --data")
+    parser.add_argument("--model", type=Path, default=sample.MINIATURE, help="whose VAE encodes")
+    parser.add_argument("--out", type=Path, default=Path("out/latents"), help="folder of the latents")
+    parser.add_argument("--count", type=int, default=100_000, help="how many pictures")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn scenes")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make pictures")
+    args = parser.parse_args()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        if args.count < 1:
+            raise InputError(f"--count must be at least 1, not {args.count}")
+        vae = StableDiffusion.load(args.model, "cpu", None).vae.to(device, torch.float32)
+        cache(vae, Scenes(args.seed), args.count, args.out, workers=args.workers)
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; the same command goes on where it was\n")
+
+
+if __name__ == "__main__":
+    main()

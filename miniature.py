@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
@@ -64,19 +64,9 @@ UNET_SETTINGS = {
 }  # fmt: skip
 
 
-class Scenes(Dataset):
-    """Pictures (3, 64, 64) in [-1, 1] with captions, without end: item i is scene i of the seed."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        image, caption = scenes.sample(self.seed, index)
-        return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1, caption
-
-
 def batches(seed: int, first: int, count: int, size: int, workers: int) -> DataLoader:
-    return DataLoader(Scenes(seed), size, sampler=range(first * size, (first + count) * size), num_workers=workers)
+    numbers = range(first * size, (first + count) * size)
+    return DataLoader(data.Scenes(seed), size, sampler=numbers, num_workers=workers)
 
 
 def fit(
@@ -173,7 +163,7 @@ def train_vae(args: argparse.Namespace) -> tuple[VAE, dict]:
     vae = VAE(settings_of(VAEConfig, VAE_SETTINGS)).to(args.device)
 
     def loss_of(batch, step: int) -> Tensor:
-        images = batch[0].to(args.device)
+        images = batch["image"].to(args.device)
         mean, log_variance = vae.encode(images)
         decoded = vae.decode(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
@@ -183,7 +173,7 @@ def train_vae(args: argparse.Namespace) -> tuple[VAE, dict]:
         return batches(TRAIN, first, count, 16, args.workers)
 
     average = fit("vae", vae, loss_of, drawn, args, iterations, lr=2e-3, low_precision=True)
-    images = torch.stack([Scenes(TRAIN)[i][0] for i in range(512)]).to(args.device)
+    images = torch.stack([data.Scenes(TRAIN)[i]["image"] for i in range(512)]).to(args.device)
     with torch.no_grad():
         scale = 1 / average.encode(images)[0].std().item()
     settings = VAE_SETTINGS | {"scaling_factor": round(scale, 5)}
@@ -279,26 +269,6 @@ def labels_of(scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def encode_scenes(sd: StableDiffusion, count: int, args: argparse.Namespace) -> data.Latents:
-    """Latents and captions of the first `count` training scenes.
-
-    Encoded once and kept, since the UNet sees every scene many times; another VAE makes another folder. What it holds
-    is also fit for `train.py --data`."""
-    vae = sample.fingerprint(sd.vae.encoder.conv_in.weight, sd.vae.quant_conv.weight)
-    folder = args.work / f"latents-{count}-{vae}"
-    if not folder.exists():
-        parts, captions = [], []
-        for images, told in tqdm(batches(TRAIN, 0, -(-count // 250), 250, args.workers), desc="encoding scenes"):
-            with torch.autocast(args.device, torch.bfloat16):
-                parts.append([part.float().cpu() for part in sd.vae.encode(images.to(args.device))])
-            captions += told
-        mean, log_variance = (torch.cat(part) for part in zip(*parts))
-        folder.mkdir(parents=True)
-        data.write_latents(folder / "00000.safetensors", mean, log_variance, captions)
-    return data.Latents(folder)
-
-
-@torch.no_grad()
 def encode_texts(text: ClipText, ids: Tensor, device: str) -> Tensor:
     """(N, L) token ids -> (N, L, D) fp16: the text encoder is frozen, so its work is done once."""
     return torch.cat([text(few.to(device))[0].half() for few in ids.split(1000)])
@@ -306,8 +276,11 @@ def encode_texts(text: ClipText, ids: Tensor, device: str) -> Tensor:
 
 def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
     """Predict the noise in a noisy latent (Ho et al. 2020, algorithm 1), with the caption left out one time in ten."""
-    known = encode_scenes(sd, args.scenes, args)
-    mean, log_variance, _ = (part.to(args.device) for part in known.parts[0])
+    # Encoded once, since the UNet sees every scene many times; another VAE makes another folder.
+    folder = args.work / f"latents-{args.scenes}-{data.fingerprint(sd.vae)}"
+    data.cache(sd.vae, data.Scenes(TRAIN), args.scenes, folder, workers=args.workers)
+    known = data.Latents(folder)
+    mean, log_variance = (torch.cat(part).to(args.device) for part in list(zip(*known.parts))[:2])
     scale = sd.vae.cfg.scaling_factor
     captions = [known[i]["caption"] for i in range(len(known))]
     different = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}

@@ -39,6 +39,7 @@ import sample
 from loss import decomposed_velocity_loss
 from model import NETWORKS, InputError, StableDiffusion
 from unet import ResnetBlock, Transformer, UNet
+from vae import VAE
 
 # stage: windows of the student. Its teacher is the student of the stage before; that of the first, a diffusion model.
 STAGES = {1: 8, 2: 4, 3: 2, 4: 1}
@@ -340,11 +341,16 @@ def settle(args: argparse.Namespace) -> None:
         sample.read_prompts(args.sample_prompts)  # now, since the first sheet is far away
 
 
-def source_of(args: argparse.Namespace, latent: tuple[int, ...], downscale: int) -> data.Scenes | data.Latents:
-    """The data to train on, of latents (4, h, w)."""
+def source_of(
+    args: argparse.Namespace, latent: tuple[int, ...], downscale: int, vae: VAE
+) -> data.Scenes | data.Latents:
+    """The data to train on, of latents (4, h, w) of this VAE."""
     if args.data and not args.data.is_dir():
         raise InputError(f"--data {args.data} is no folder; check the path")
     source = data.Latents(args.data) if args.data else data.Scenes(seed=0)
+    note = args.data / "made_of.json" if args.data else None
+    if note and note.exists() and checkpoint.read_json(note).get("vae") != data.fingerprint(vae):
+        raise InputError(f"{args.data} holds latents of another VAE; make them with this model: data.py cache")
     item = source[0]
     height, width = (n * downscale for n in item["mean"].shape[1:]) if args.data else item["image"].shape[1:]
     if (height, width) != (latent[1] * downscale, latent[2] * downscale):
@@ -398,7 +404,11 @@ def run(args: argparse.Namespace) -> None:
     size = sample.check_size(teacher, args.size) // teacher.downscale
     latent = (teacher.unet.cfg.in_channels, size, size)
     samples = data.Samples(
-        source_of(args, latent, teacher.downscale), args.seed, latent, reflow.borders(args.windows), args.points
+        source_of(args, latent, teacher.downscale, teacher.vae),
+        args.seed,
+        latent,
+        reflow.borders(args.windows),
+        args.points,
     )
     first, count = start * args.accumulate, (args.iters - start) * args.accumulate
     items = iter(data.batches(samples, first, count, args.batch_size, process.rank, process.world, args.workers))

@@ -1,5 +1,7 @@
 """Which pictures training sees, and with which draws: a matter of seed and number alone."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils.data import Dataset
 import data
 import reflow
 import scenes
+from model import StableDiffusion
 
 
 class Numbers(Dataset):
@@ -191,3 +194,71 @@ def test_batches_go_on_where_others_stopped(workers):
     whole = read(first=0, count=6, size=2, source=Numbers(5))
     later = read(first=2, count=4, size=2, workers=workers, source=Numbers(5))
     assert len(later) == 4 and all(equal(a, b) for a, b in zip(whole[2:], later))
+
+
+# ---- latents, made once ----
+
+
+@pytest.fixture
+def vae(sd15):
+    return StableDiffusion.load(sd15).vae
+
+
+def test_cached_latents_are_what_the_encoder_says(vae, tmp_path):
+    data.cache(vae, data.Scenes(1), 7, tmp_path, shard=3)
+    source = data.Latents(tmp_path)
+    assert len(source) == 7 and len(list(tmp_path.glob("*.safetensors"))) == 3
+    for i in 0, 3, 6:
+        item = data.Scenes(1)[i]
+        mean, log_variance = vae.encode(item["image"][None])
+        assert source[i]["caption"] == item["caption"]
+        torch.testing.assert_close(source[i]["mean"], mean[0], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(source[i]["log_variance"], log_variance[0], rtol=2e-3, atol=2e-3)
+
+
+def test_an_interrupted_cache_goes_on_with_the_missing_files(vae, tmp_path, monkeypatch):
+    data.cache(vae, data.Scenes(1), 7, tmp_path / "whole", shard=3)
+    data.cache(vae, data.Scenes(1), 7, tmp_path / "parts", shard=3)
+    (tmp_path / "parts/00001.safetensors").unlink()
+    seen = []
+    encode = vae.encode
+    monkeypatch.setattr(vae, "encode", lambda images: seen.append(len(images)) or encode(images))
+    data.cache(vae, data.Scenes(1), 7, tmp_path / "parts", shard=3)
+    assert seen == [3]
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes()
+
+
+def test_processes_share_the_encoding(vae, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, files in ("1", ["00001"]), ("0", ["00000", "00001", "00002"]):
+        monkeypatch.setenv("RANK", rank)
+        data.cache(vae, data.Scenes(1), 7, tmp_path, shard=3)
+        assert sorted(file.stem for file in tmp_path.glob("*.safetensors")) == files
+
+
+def test_latents_of_another_vae_or_number_are_not_mixed(vae, tmp_path):
+    data.cache(vae, data.Scenes(1), 2, tmp_path)
+    assert "holds other latents" in refusal(data.cache, vae, data.Scenes(1), 3, tmp_path)
+    assert "holds other latents" in refusal(data.cache, vae, data.Scenes(2), 2, tmp_path)
+    vae.quant_conv.weight.data += 1
+    assert "holds other latents" in refusal(data.cache, vae, data.Scenes(1), 2, tmp_path)
+    (tmp_path / "made_of.json").unlink()
+    assert "do not say of what" in refusal(data.cache, vae, data.Scenes(1), 2, tmp_path)
+
+
+def test_the_command_caches_and_refuses_in_one_line(sd15, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["data.py", "cache", *map(str, arguments)])
+        try:
+            data.main()
+        except SystemExit as stop:
+            return stop.code
+
+    assert run("--model", sd15, "--count", 2, "--out", tmp_path / "latents") is None
+    assert len(data.Latents(tmp_path / "latents")) == 2
+    capsys.readouterr()
+    assert run("--model", tmp_path / "nowhere") == 2
+    assert run("--model", sd15, "--count", 0) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all(line.startswith("error: ") for line in errors), errors
