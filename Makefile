@@ -21,7 +21,8 @@ miniature: .venv/ready  ## train the miniature again, from nothing
 	$(BIN)/python miniature.py
 
 train: .venv/ready  ## all stages of ProReflow on the miniature, into out/train; may be interrupted and repeated
-	for stage in 1 2 3 4; do $(BIN)/python train.py --stage $$stage --resume || exit; done
+	$(BIN)/python data.py cache --out out/latents
+	for stage in 1 2 3 4; do $(BIN)/python train.py --stage $$stage --data out/latents --resume || exit; done
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

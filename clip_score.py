@@ -38,7 +38,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 # What the published figures called "CLIP score" are: (said before the prompt, times the cosine).
 CONVENTIONS = {
-    "logits": ("", 100),  # as in `logits_per_image`: CLIP's trained temperature ended at 1/100, its bound
+    "logits": ("", 100),  # `logits_per_image` of the published CLIPs, whose temperature has come to its bound, 1/100
     "prefix": ("A photo depicts ", 1),  # Hessel et al. 2021, but neither weighted by 2.5 nor cut off at 0
 }
 
@@ -148,6 +148,8 @@ def prepare(image: Image.Image, cfg: ClipImageConfig) -> Tensor:
     Pillow's bicubic filter widens when it shrinks and rounds to whole levels. Torch's does neither, and it would
     change the score.
     """
+    if image.has_transparency_data:  # is seen on white
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("RGB")
     width, height = (cfg.size * side // min(image.size) for side in image.size)
     left, top = (width - cfg.crop_size) // 2, (height - cfg.crop_size) // 2
@@ -182,10 +184,9 @@ def tower_settings(config: dict, tower: str, where: str) -> dict:
     settings = config.get(f"{tower}_config") if settings is None else settings
     if config.get("model_type") != "clip" or not isinstance(settings, dict):
         raise InputError(f"{where} describes no CLIP: model_type clip, with text_config and vision_config; {PUBLISHED}")
-    kept = {
-        name: value for name, value in settings.items() if name not in COMMON and (value or name not in ABSENT)
-    }  # fmt: skip
-    return kept | {"projection_dim": config.get("projection_dim") or 512}  # the tower's own, if any, is not used
+    empty = {name for name in ABSENT if not settings.get(name)}
+    settings = {name: value for name, value in settings.items() if name not in COMMON | empty}
+    return settings | {"projection_dim": config.get("projection_dim") or 512}  # a tower's own is not used
 
 
 class ClipScore:
@@ -195,7 +196,8 @@ class ClipScore:
         self, text: ClipText, vision: ClipVision, tokenizer: Tokenizer, image_config: ClipImageConfig, name: str
     ):
         self.text, self.vision, self.tokenizer, self.image_config = text, vision, tokenizer, image_config
-        self.name = name
+        cfg = vision.cfg  # a folder's name may be anything
+        self.name = f"{name} ({cfg.num_hidden_layers} layers of {cfg.hidden_size}, patches of {cfg.patch_size} pixels)"
 
     @classmethod
     def load(
@@ -209,33 +211,29 @@ class ClipScore:
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} is no CLIP folder: it has no config.json; {PUBLISHED}")
-        where = str(folder / "config.json")
+        where = f"{folder}: config.json"
         config = checkpoint.read_json(folder / "config.json")
-        text = (
-            TEXT_DEFAULTS | tower_settings(config, "text", where) | {"architectures": ["CLIPTextModelWithProjection"]}
-        )
-        text = checkpoint.read_config(ClipTextConfig, text, f"{where}: text_config")
-        vision = tower_settings(config, "vision", where)
-        vision = checkpoint.read_config(ClipVisionConfig, vision, f"{where}: vision_config")
+        text_settings = TEXT_DEFAULTS | tower_settings(config, "text", where)
+        text_settings["architectures"] = ["CLIPTextModelWithProjection"]
+        text = checkpoint.build(ClipText, checkpoint.read_config(ClipTextConfig, text_settings, where))
+        vision_settings = tower_settings(config, "vision", where)
+        vision = checkpoint.build(ClipVision, checkpoint.read_config(ClipVisionConfig, vision_settings, where))
 
-        towers = {"text": checkpoint.build(ClipText, text), "vision": checkpoint.build(ClipVision, vision)}
-        both = nn.ModuleDict(towers)  # as one, so that every tensor of the file must belong to one of the two
+        both = nn.ModuleDict({"text": text, "vision": vision})  # at once: each tensor must be of the one or the other
         files = checkpoint.find_tensors(folder, "model", dtype)
         files.pop("logit_scale", None)  # the temperature, which matters in training only
         sources = {key: (key.partition(".")[2], as_stored) for key in both.state_dict()}
         checkpoint.assign(both, sources, files, device, dtype, str(folder))
 
-        image_config = read_image_config(folder, vision)
         try:
             tokenizer = Tokenizer.load(folder)
         except (OSError, ValueError) as error:
             raise InputError(str(error)) from None
-        tokenizer.length = text.max_position_embeddings
-        if tokenizer.bpe.get_vocab_size() != text.vocab_size:  # its ids would be other words to the text tower
-            tokens = tokenizer.bpe.get_vocab_size()
-            raise InputError(f"{folder}: the tokenizer knows {tokens} tokens, the text tower {text.vocab_size}")
-        name = f"{folder.resolve().name} ({vision.num_hidden_layers} layers of {vision.hidden_size}, patches of {vision.patch_size} px)"
-        return cls(towers["text"], towers["vision"], tokenizer, image_config, name)
+        tokens, rows = tokenizer.bpe.get_vocab_size(), text.cfg.vocab_size
+        if tokens != rows:  # its ids would be other words to the text tower
+            raise InputError(f"{folder}: the tokenizer knows {tokens} tokens, the text tower {rows}; they do not fit")
+        tokenizer.length = text.cfg.max_position_embeddings
+        return cls(text, vision, tokenizer, read_image_config(folder, vision.cfg), folder.resolve().name)
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image] | np.ndarray) -> Tensor:
@@ -289,9 +287,9 @@ def find_pictures(folder: Path) -> list[Path]:
     if not files:
         raise InputError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
 
-    def order(file: Path) -> list:  # split gives text, number, text, ...: 00000 ... 99999, 100000; or 1, 2, 10
-        parts = re.split("([0-9]+)", file.relative_to(folder).as_posix())
-        return [int(part) if i % 2 else part for i, part in enumerate(parts)] + [file.name]
+    def order(file: Path) -> tuple[list, Path]:
+        parts = re.split("([0-9]+)", file.relative_to(folder).as_posix())  # text, number, text, number, ..., text
+        return [int(part) if i % 2 else part for i, part in enumerate(parts)], file
 
     return sorted(files, key=order)
 
@@ -299,7 +297,8 @@ def find_pictures(folder: Path) -> list[Path]:
 def read_picture(file: Path) -> tuple[Image.Image, str | None]:
     """A picture, and the prompt in its text chunk, if it has one."""
     with Image.open(file) as image:
-        return image.convert("RGB"), getattr(image, "text", {}).get("prompt")
+        image.load()
+        return image, getattr(image, "text", {}).get("prompt")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -310,8 +309,8 @@ def run(args: argparse.Namespace) -> None:
     prompts = sample.read_prompts(args.prompts) if args.prompts else None
     if prompts and len(prompts) != len(files):
         raise InputError(
-            f"{args.prompts} holds {len(prompts)} prompts, {args.images} {len(files)} pictures; there must be one for "
-            "each, in the order of the pictures' names"
+            f"{args.prompts} holds {len(prompts)} prompts, {args.images} {len(files)} pictures; it takes one for each, "
+            "in the order of the pictures' names"
         )
     device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     sample.check_device(device)
@@ -359,19 +358,11 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="How well do pictures fit their prompts? The CLIP score.")
     parser.add_argument("images", type=Path, help="folder of pictures")
-    parser.add_argument(
-        "--prompts",
-        type=Path,
-        help="a file with a prompt per picture, or a COCO captions JSON, in the order of the pictures' names; "
-        "default: the prompts that sample.py wrote into its pictures",
-    )
+    prompts = "a prompt per line, or a COCO captions JSON, in the order of file names; default: each PNG's own prompt"
+    parser.add_argument("--prompts", type=Path, help=prompts)
     parser.add_argument("--clip", type=Path, required=True, help="CLIP folder")
-    parser.add_argument(
-        "--convention",
-        choices=CONVENTIONS,
-        default="logits",
-        help='logits (default): 100 x cosine; prefix: raw cosine, with "A photo depicts " before the prompt',
-    )
+    convention = 'logits (default): 100 x cosine; prefix: raw cosine, with "A photo depicts " before the prompt'
+    parser.add_argument("--convention", choices=CONVENTIONS, default="logits", help=convention)
     parser.add_argument("--batch-size", type=int, default=32, help="pictures looked at at once")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
     try:

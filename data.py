@@ -4,21 +4,25 @@ Training sees sample number 0, 1, 2, ... without end. Which picture that is, and
 follows from (seed, number) alone: not from the number of processes, nor from how often the run was interrupted. So the
 number of samples seen is all that a checkpoint has to remember, and two processes train on what one would have.
 
-A source is a `Dataset` of pictures (3, H, W) in [-1, 1], or of latents, each with its caption. Latents are made once:
+A source is a `Dataset` of pictures (3, H, W) in [-1, 1], or of latents, each with its caption: drawn scenes, a folder
+of pictures, or latents, which are made once:
 
-    python data.py cache --out out/latents                     of 100,000 drawn scenes, by the miniature's VAE
-    torchrun --nproc-per-node 8 data.py cache ...              the same by several processes
+    python data.py cache --out out/latents                                 of drawn scenes, by the miniature's VAE
+    torchrun --nproc-per-node 8 data.py cache --model DIR --data DIR       of a folder of pictures, by 8 processes
 
 Read `train.py` next.
 """
 
 import argparse
+import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -46,9 +50,95 @@ class Scenes(Dataset):
         return {"image": torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1, "caption": caption}
 
 
+class Folder(Dataset):
+    """A folder tree of pictures, with captions in text files of the same names, or all in one `metadata.jsonl` whose
+    lines have `file_name` and `text`.
+
+    Each is turned upright (EXIF), made RGB (over white, where it is transparent), resized to `size` along its shorter
+    side and cropped to a square: in the middle, or with `augment` at a random place, and mirrored half of the time.
+    time_ids (6,) are SDXL's: height and width before that, top and left of the crop, height and width after.
+    A picture that cannot be read, or has no caption, is named on stderr, and the next one takes its place.
+    """
+
+    endless = False
+    SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+    def __init__(self, folder: Path, size: int, augment: bool = False):
+        self.size, self.augment, self.bad = size, augment, set()
+        self.name = f"{folder}, {size} pixels"
+        index = folder / "metadata.jsonl"
+        if index.exists():
+            self.files, self.captions = read_index(index)
+        else:
+            self.files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in self.SUFFIXES)
+            self.captions = None  # read when needed: opening a million text files first takes long
+        if not self.files:
+            raise InputError(f"{folder} holds no pictures ({', '.join(self.SUFFIXES)}); check the path")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.item(i, None)
+
+    def item(self, i: int, rng: np.random.Generator | None) -> dict:
+        """Picture i, cropped and mirrored by chance with `augment`."""
+        place = rng.random(3) if self.augment else (0.5, 0.5, 1.0)
+        for at in (j % len(self) for j in range(i, i + len(self))):
+            if at in self.bad:
+                continue
+            try:
+                return self.read(at, *place)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                self.bad.add(at)
+                print(f"notice: {self.files[at]} is left out: {error}", file=sys.stderr)
+            if len(self.bad) > max(10, 0.05 * len(self)):
+                break
+        raise InputError(
+            f"{len(self.bad)} of {len(self)} pictures cannot be used, the last {self.files[at]}; see above"
+        )
+
+    def read(self, i: int, down: float, right: float, mirror: float) -> dict:
+        caption = self.captions[i] if self.captions else self.files[i].with_suffix(".txt").read_text(encoding="utf-8")
+        caption = " ".join(caption.split())
+        if not caption:
+            raise ValueError("its caption is empty")
+        with Image.open(self.files[i]) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            picture = picture.convert("RGB")
+        width, height = picture.size
+        scale = self.size / min(width, height)
+        picture = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
+        top, left = round(down * (picture.height - self.size)), round(right * (picture.width - self.size))
+        pixels = np.array(picture.crop((left, top, left + self.size, top + self.size)))
+        if mirror < 0.5:
+            pixels = pixels[:, ::-1].copy()
+        return {
+            "image": torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1,
+            "caption": caption,
+            "time_ids": torch.tensor([height, width, top, left, self.size, self.size]),
+        }
+
+
+def read_index(index: Path) -> tuple[list[Path], list[str]]:
+    files, captions = [], []
+    for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            files.append(index.parent / entry["file_name"])
+            captions.append(entry["text"] + "")
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{index}, line {number}: not a JSON object with file_name and text") from None
+    return files, captions
+
+
 class Latents(Dataset):
     """Pictures encoded beforehand: files with `mean` and `log_variance` (N, 4, h, w) of the VAE's distribution, not yet
-    scaled, and the captions, each as a row of UTF-8 bytes in `captions` (N, L), filled up with zeros."""
+    scaled, the captions, each as a row of UTF-8 bytes in `captions` (N, L), filled up with zeros, and where they are
+    known the picture sizes, `time_ids` (N, 6)."""
 
     endless = False
 
@@ -62,26 +152,30 @@ class Latents(Dataset):
             if missing:
                 raise InputError(f"{file} holds no latents: {', '.join(sorted(missing))} missing")
             with safe_open(file, framework="pt") as tensors:
-                self.parts.append([tensors.get_tensor(name) for name in ("mean", "log_variance", "captions")])
-        self.ends = np.cumsum([len(mean) for mean, _, _ in self.parts])
+                self.parts.append({name: tensors.get_tensor(name) for name in tensors.keys()})
+        self.ends = np.cumsum([len(part["mean"]) for part in self.parts])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def __getitem__(self, i: int) -> dict:
         part = int(np.searchsorted(self.ends, i, side="right"))
-        mean, log_variance, captions = (tensor[i - self.ends[part]] for tensor in self.parts[part])
-        caption = captions.numpy().tobytes().rstrip(b"\0").decode()
-        return {"mean": mean.float(), "log_variance": log_variance.float(), "caption": caption}
+        item = {name: tensor[i - self.ends[part]] for name, tensor in self.parts[part].items()}
+        caption = item.pop("captions").numpy().tobytes().rstrip(b"\0").decode()
+        return item | {"mean": item["mean"].float(), "log_variance": item["log_variance"].float(), "caption": caption}
 
 
-def write_latents(file: Path, mean: Tensor, log_variance: Tensor, captions: list[str]) -> None:
+def write_latents(
+    file: Path, mean: Tensor, log_variance: Tensor, captions: list[str], time_ids: Tensor | None = None
+) -> None:
     """One file of `Latents`, whole or not at all."""
     rows = [caption.encode() for caption in captions]
     padded = np.zeros((len(rows), max(map(len, rows))), np.uint8)
     for row, encoded in zip(padded, rows):
         row[: len(encoded)] = np.frombuffer(encoded, np.uint8)
     tensors = {"mean": mean.half(), "log_variance": log_variance.half(), "captions": torch.from_numpy(padded)}
+    if time_ids is not None:
+        tensors["time_ids"] = time_ids
     checkpoint.write_tensors(file.with_suffix(".partial"), tensors)
     file.with_suffix(".partial").replace(file)
 
@@ -111,14 +205,15 @@ def cache(vae: VAE, source: Dataset, count: int, folder: Path, shard: int = 5000
     bar = tqdm(total=len(todo) * shard, desc="encoding", disable=rank > 0)
     for k in todo:
         numbers = range(k * shard, min((k + 1) * shard, count))
-        parts, captions = [], []
+        parts, captions, sizes = [], [], []
         for batch in DataLoader(Subset(source, numbers), batch_size=50, num_workers=workers):
             with torch.no_grad():
                 parts.append([part.cpu() for part in vae.encode(batch["image"].to(weight))])
             captions += batch["caption"]
+            sizes += [batch["time_ids"]] if "time_ids" in batch else []
             bar.update(len(batch["caption"]))
         mean, log_variance = (torch.cat(part) for part in zip(*parts))
-        write_latents(files[k], mean, log_variance, captions)
+        write_latents(files[k], mean, log_variance, captions, torch.cat(sizes) if sizes else None)
 
 
 def fingerprint(vae: VAE) -> str:
@@ -137,26 +232,28 @@ class Samples(Dataset):
         self.borders = np.array(windows[::-1])
         self.epoch, self.order = None, None
 
-    def item(self, n: int) -> dict:
+    def item(self, n: int, rng: np.random.Generator) -> dict:
         if self.source.endless:
             return self.source[n]
         epoch, place = divmod(n, len(self.source))
         if epoch != self.epoch:  # every picture once before any comes again, each time in another order
             self.epoch = epoch
             self.order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.source))
-        return self.source[int(self.order[place])]
+        i = int(self.order[place])
+        return self.source.item(i, rng) if isinstance(self.source, Folder) else self.source[i]
 
     def __getitem__(self, n: int) -> dict:
         rng = np.random.default_rng((self.seed, n))
         first = rng.integers(1, self.borders[-1] + 1)
         k = np.searchsorted(self.borders, first)
         others = rng.integers(self.borders[k - 1] + 1, self.borders[k] + 1, self.points - 1)
-        return self.item(n) | {
+        draws = {
             "tau": torch.from_numpy(np.append(first, others)),
             "noise": torch.from_numpy(rng.standard_normal(self.shape, np.float32)),
             "posterior": torch.from_numpy(rng.standard_normal(self.shape, np.float32)),
             "dropped": bool(rng.random() < 0.1),
         }
+        return self.item(n, rng) | draws
 
 
 def batches(samples: Samples, first: int, count: int, size: int, rank: int, world: int, workers: int) -> DataLoader:
@@ -182,16 +279,23 @@ def main() -> None:
     parser.add_argument("action", choices=["cache"], help="cache: encode pictures once, for train.py --data")
     parser.add_argument("--model", type=Path, default=sample.MINIATURE, help="whose VAE encodes")
     parser.add_argument("--out", type=Path, default=Path("out/latents"), help="folder of the latents")
-    parser.add_argument("--count", type=int, default=100_000, help="how many pictures")
+    parser.add_argument("--data", type=Path, help="folder of captioned pictures; default: drawn scenes")
+    parser.add_argument("--size", type=int, help="height and width in pixels; default: the model's")
+    parser.add_argument("--count", type=int, help="how many pictures; default: all of the folder, 100,000 scenes")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn scenes")
     parser.add_argument("--workers", type=int, default=0, help="processes that make pictures")
     args = parser.parse_args()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        if args.count < 1:
-            raise InputError(f"--count must be at least 1, not {args.count}")
-        vae = StableDiffusion.load(args.model, "cpu", None).vae.to(device, torch.float32)
-        cache(vae, Scenes(args.seed), args.count, args.out, workers=args.workers)
+        sd = StableDiffusion.load(args.model, "cpu", None)
+        if args.data and not args.data.is_dir():
+            raise InputError(f"--data {args.data} is no folder; check the path")
+        source = Folder(args.data, sample.check_size(sd, args.size)) if args.data else Scenes(args.seed)
+        most = len(source) if args.data else sys.maxsize
+        count = args.count or (most if args.data else 100_000)
+        if not 0 < count <= most or args.count == 0:
+            raise InputError(f"--count must be from 1 to {most}, not {args.count}")
+        cache(sd.vae.to(device, torch.float32), source, count, args.out, workers=args.workers)
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:

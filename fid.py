@@ -1,15 +1,523 @@
-"""Frechet distance between two sets of pictures, each summed up by the mean and covariance of its features."""
+"""FID: how far apart two sets of pictures are in the eyes of a network (Heusel et al. 2017, "GANs Trained by a Two
+Time-Scale Update Rule"). The lower the better, and never to be compared across modes, networks or numbers of pictures.
+
+    python fid.py REFERENCE GENERATED --protocol coco2014-30k         folders of pictures, or .npz statistics
+    torchrun --nproc-per-node 8 fid.py REFERENCE --save-stats F.npz   statistics of a reference, once and for all
+    python fid.py REFERENCE GENERATED --clip weights/miniature-clip   in CLIP's eyes: needs no other file
+
+From top to bottom: the network, what it is shown, the statistics of its features, their distance. Read `clip_score.py`
+next, which asks whether a picture shows what its caption says.
+
+Shapes: B batch, C channels, H W, D features (2048 of Inception).
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from scipy.linalg import lapack
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import sample
+from checkpoint import InputError, first
+
+PUBLISHED = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS = Path(__file__).parent / "weights" / Path(PUBLISHED).name
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
+# The network: Inception v3 (Szegedy et al. 2015, "Rethinking the Inception Architecture", section 6) as TensorFlow
+# published it in 2015. It is not the one that PyTorch's users know: its pools differ in four places, marked (!).
+class Conv(nn.Module):
+    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1, padding="same"):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+def average(x: Tensor) -> Tensor:
+    """Mean of each 3 x 3 neighborhood, at the border of the places that exist: the padding does not count."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+class InceptionA(nn.Module):
+    def __init__(self, c: int, c_pool: int):
+        super().__init__()
+        self.branch1x1 = Conv(c, 64, 1)
+        self.branch5x5_1 = Conv(c, 48, 1)
+        self.branch5x5_2 = Conv(48, 64, 5)
+        self.branch3x3dbl_1 = Conv(c, 64, 1)
+        self.branch3x3dbl_2 = Conv(64, 96, 3)
+        self.branch3x3dbl_3 = Conv(96, 96, 3)
+        self.branch_pool = Conv(c, c_pool, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.branch1x1(x)
+        five = self.branch5x5_2(self.branch5x5_1(x))
+        twice_three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([one, five, twice_three, self.branch_pool(average(x))], dim=1)  # (!) 1 of 4
+
+
+class InceptionB(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.branch3x3 = Conv(c, 384, 3, stride=2, padding=0)
+        self.branch3x3dbl_1 = Conv(c, 64, 1)
+        self.branch3x3dbl_2 = Conv(64, 96, 3)
+        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2, padding=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        twice_three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch3x3(x), twice_three, F.max_pool2d(x, 3, stride=2)], dim=1)
+
+
+class InceptionC(nn.Module):
+    """A 7 x 7 convolution as a row and a column of 7, which is as wide a view for 2 / 7 of the price."""
+
+    def __init__(self, c: int, c7: int):
+        super().__init__()
+        row, column = (1, 7), (7, 1)
+        self.branch1x1 = Conv(c, 192, 1)
+        self.branch7x7_1 = Conv(c, c7, 1)
+        self.branch7x7_2 = Conv(c7, c7, row)
+        self.branch7x7_3 = Conv(c7, 192, column)
+        self.branch7x7dbl_1 = Conv(c, c7, 1)
+        self.branch7x7dbl_2 = Conv(c7, c7, column)
+        self.branch7x7dbl_3 = Conv(c7, c7, row)
+        self.branch7x7dbl_4 = Conv(c7, c7, column)
+        self.branch7x7dbl_5 = Conv(c7, 192, row)
+        self.branch_pool = Conv(c, 192, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        twice_seven = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        twice_seven = self.branch7x7dbl_5(self.branch7x7dbl_4(twice_seven))
+        pooled = self.branch_pool(average(x))  # (!) 2 of 4
+        return torch.cat([self.branch1x1(x), seven, twice_seven, pooled], dim=1)
+
+
+class InceptionD(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.branch3x3_1 = Conv(c, 192, 1)
+        self.branch3x3_2 = Conv(192, 320, 3, stride=2, padding=0)
+        self.branch7x7x3_1 = Conv(c, 192, 1)
+        self.branch7x7x3_2 = Conv(192, 192, (1, 7))
+        self.branch7x7x3_3 = Conv(192, 192, (7, 1))
+        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2, padding=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        three = self.branch3x3_2(self.branch3x3_1(x))
+        seven_three = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
+        return torch.cat([three, seven_three, F.max_pool2d(x, 3, stride=2)], dim=1)
+
+
+class InceptionE(nn.Module):
+    def __init__(self, c: int, pool: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.pool = pool
+        self.branch1x1 = Conv(c, 320, 1)
+        self.branch3x3_1 = Conv(c, 384, 1)
+        self.branch3x3_2a = Conv(384, 384, (1, 3))
+        self.branch3x3_2b = Conv(384, 384, (3, 1))
+        self.branch3x3dbl_1 = Conv(c, 448, 1)
+        self.branch3x3dbl_2 = Conv(448, 384, 3)
+        self.branch3x3dbl_3a = Conv(384, 384, (1, 3))
+        self.branch3x3dbl_3b = Conv(384, 384, (3, 1))
+        self.branch_pool = Conv(c, 192, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        three = self.branch3x3_1(x)
+        twice_three = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        parts = [self.branch1x1(x), self.branch3x3_2a(three), self.branch3x3_2b(three)]
+        parts += [self.branch3x3dbl_3a(twice_three), self.branch3x3dbl_3b(twice_three)]
+        return torch.cat([*parts, self.branch_pool(self.pool(x))], dim=1)
+
+
+class Inception(nn.Module):
+    """The FID network; `Inception().load(file)(images)` is its features."""
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2, padding=0)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
+        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = InceptionA(192, 32), InceptionA(256, 64), InceptionA(288, 64)
+        self.Mixed_6a = InceptionB(288)
+        self.Mixed_6b, self.Mixed_6c = InceptionC(768, 128), InceptionC(768, 160)
+        self.Mixed_6d, self.Mixed_6e = InceptionC(768, 160), InceptionC(768, 192)
+        self.Mixed_7a = InceptionD(768)
+        self.Mixed_7b = InceptionE(1280, average)  # (!) 3 of 4
+        self.Mixed_7c = InceptionE(2048, partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))  # (!) 4 of 4
+        # The classes are of no use to FID. But 1008 of them tell this file from PyTorch's own Inception, which has 1000
+        # and otherwise the same tensors, and would pass for it.
+        self.fc = nn.Linear(2048, 1008)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, 299, 299) in [0, 1], made by `clean` or `legacy` -> features (B, 2048), the last average."""
+        if images.shape[1:] != (3, 299, 299):
+            raise InputError(f"the FID network takes pictures (B, 3, 299, 299), not {tuple(images.shape)}")
+        # On GPUs, convolutions round to 10 bits (TF32) unless told otherwise; that is no longer the same FID.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * images - 1)))  # (B, 64, 147, 147)
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))  # (B, 192, 71, 71)
+            x = F.max_pool2d(x, 3, stride=2)
+            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (B, 288, 35, 35)
+            x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))  # (B, 768, 17, 17)
+            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (B, 2048, 8, 8)
+        return x.mean(dim=(2, 3))
+
+    def load(self, file: str | Path) -> "Inception":
+        """Take the weights of the published file, or of a .safetensors copy of it. Raises InputError if they differ in
+        any name, shape or precision from what this network has."""
+        found, problems = read_weights(Path(file)), []
+        # counters of training, which not every version of PyTorch wrote
+        wanted = {name: w for name, w in self.state_dict().items() if not name.endswith("num_batches_tracked")}
+        found = {name: w for name, w in found.items() if not name.endswith("num_batches_tracked")}
+        if missing := sorted(wanted.keys() - found.keys()):
+            problems.append(f"{len(missing)} missing ({first(missing)})")
+        if extra := sorted(found.keys() - wanted.keys()):
+            problems.append(f"{len(extra)} that it does not have ({first(extra)})")
+        for name in sorted(wanted.keys() & found.keys()):
+            kind, due = (f"{w.dtype} {tuple(w.shape)}" for w in (found[name], wanted[name]))
+            if kind != due:
+                problems.append(f"{name} is {kind}, should be {due}")
+        if problems:
+            raise InputError(f"{file}: not the tensors of the FID network: {first(problems, 4)}; get {PUBLISHED}")
+        self.load_state_dict(self.state_dict() | found)
+        return self
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise InputError(f"the FID network {file} is missing; get it from {PUBLISHED} or give its path with --weights")
+    try:
+        # the published file is a pickle, of which weights_only reads tensors and refuses whatever would run code
+        safe = file.suffix == ".safetensors"
+        state = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise ValueError("not only tensors")
+        return state
+    except Exception as error:  # both readers have many ways to say it
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise InputError(
+            f"{file} is damaged, truncated or no plain state dict ({reason[0]}); get {PUBLISHED}"
+        ) from None
+
+
+# What the network is shown. Here published FIDs of the same pictures differ by more than the methods they compare.
+def read_picture(file: Path) -> Image.Image:
+    """Any picture as RGB. As in the common tools, transparency is dropped and no EXIF rotation applied."""
+    with Image.open(file) as image:
+        if image.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255 instead of scaling them
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def crop_then_resize(image: Image.Image, size: int) -> Image.Image:
+    """The square in the middle, as large as it can be, then LANCZOS."""
+    return center(image, min(image.size)).resize((size, size), Image.Resampling.LANCZOS)
+
+
+def resize_then_crop(image: Image.Image, size: int) -> Image.Image:
+    """The short side to `size` by LANCZOS, then the square in the middle."""
+    scaled = [int(size * side / min(image.size)) for side in image.size]  # rounds as torchvision does, which papers use
+    return center(image.resize(scaled, Image.Resampling.LANCZOS), size)
+
+
+def center(image: Image.Image, side: int) -> Image.Image:
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)  # torchvision's rounding, too
+    return image.crop((left, top, left + side, top + side))
+
+
+def clean(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, 299, 299) as in Parmar et al. 2022, "On Aliased Resizing": PIL's bicubic, which averages what
+    it shrinks, on each channel in float32, with neither rounding nor clipping.
+
+    Their network sees (x - 128) / 128 of pixels 0..255; ours sees 2 y - 1, so that y = x / 256.
+    """
+    channels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)
+    resized = [Image.fromarray(channel).resize((299, 299), Image.Resampling.BICUBIC) for channel in channels]
+    return torch.from_numpy(np.stack(resized)) / 256
+
+
+def legacy(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, 299, 299) in [0, 1] as most papers before 2022: bilinear without antialiasing."""
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    return F.interpolate(x[None], (299, 299), mode="bilinear", align_corners=False, antialias=False)[0]
+
+
+MODES = {"clean": clean, "legacy": legacy}
+
+
+@dataclass
+class Protocol:
+    """How a paper computes its FID: the resize mode, what is done to both sets of pictures before, and how many."""
+
+    mode: str
+    crop: Callable[[Image.Image], Image.Image] | None = None
+    count: int | None = None  # of generated pictures
+
+
+PROTOCOLS = {
+    "none": Protocol("clean"),
+    "coco2014-30k": Protocol("clean", partial(crop_then_resize, size=256), 30000),  # GigaGAN; all of val2014
+    "coco2017-5k": Protocol("legacy", partial(resize_then_crop, size=512), 5000),  # Rectified Diffusion; val2017
+    "coco2014-10k": Protocol("clean", partial(crop_then_resize, size=512), 10000),  # DMD2 for SDXL; the same 10k
+}
+
+
+@dataclass
+class Network:
+    """What looks at pictures. `to_input` runs where pictures are read, in other processes."""
+
+    name: str  # all that the numbers depend on: they are compared only with numbers of the same name
+    size: int  # D
+    to_input: Callable[[Image.Image], object]
+    features: Callable[[list | Tensor], Tensor]  # a batch of inputs -> (B, D)
+
+
+def inception_network(weights: Path, mode: str, device: str) -> Network:
+    network = Inception().load(weights).to(device)
+    which = sample.fingerprint(network.Conv2d_1a_3x3.conv.weight, network.fc.weight)
+    return Network(f"mode {mode}, network FID Inception {which}", 2048, MODES[mode], lambda x: network(x.to(device)))
+
+
+def clip_network(folder: Path, device: str) -> Network:
+    from clip_score import ClipScore  # only here, so that FID needs no more than this file
+
+    clip = ClipScore.load(folder, device)
+    size = clip.vision.cfg.projection_dim
+    return Network(f"mode of CLIP, network CLIP {clip.name}", size, Image.Image.copy, clip.image_features)
+
+
+# Statistics: features are summed up as they come, so that a million pictures need no more memory than ten.
+@dataclass
+class Statistics:
+    mu: np.ndarray  # (D,) mean of the features
+    sigma: np.ndarray  # (D, D) their covariance, divided by count - 1
+    count: int | None = None  # None and "" where another tool wrote the file
+    name: str = ""
+
+    def save(self, file: Path) -> None:
+        """In the common tools' format, which is `mu` and `sigma`; they leave our other two alone."""
+        partial_file = file.with_name(file.name + ".partial")
+        with open(partial_file, "wb") as stream:
+            np.savez(stream, mu=self.mu, sigma=self.sigma, count=self.count or 0, name=self.name)
+        os.replace(partial_file, file)
+
+
+def load_statistics(file: Path) -> Statistics:
+    if not file.is_file():
+        raise InputError(f"{file} does not exist; check the path")
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            mu, sigma = (np.asarray(content[key], dtype=np.float64) for key in ("mu", "sigma"))
+            count, name = (content[key].item() if key in content else None for key in ("count", "name"))
+    except Exception as error:  # NumPy has many ways to say it
+        raise InputError(f"{file} is damaged or has no mu and sigma ({error}); make it again") from None
+    if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
+        raise InputError(f"{file}: mu {mu.shape} and sigma {sigma.shape} should be (D,) and (D, D)")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all() and np.allclose(sigma, sigma.T)):
+        raise InputError(f"{file}: mu and sigma are no mean and covariance, which are finite and symmetric")
+    return Statistics(mu, sigma, count or None, name or "")
+
+
+class Pictures(Dataset):
+    """Item i is (input of the network, None), or (None, what is wrong with the file)."""
+
+    def __init__(self, files: list[Path], crop: Callable | None, to_input: Callable):
+        self.files, self.crop, self.to_input = files, crop, to_input
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple:
+        try:
+            image = read_picture(self.files[i])
+        except Exception as error:  # PIL's readers raise whatever a broken file makes them stumble over
+            return None, f"{self.files[i]} ({error})"
+        return self.to_input(self.crop(image) if self.crop else image), None
+
+
+def collate(items: list[tuple]) -> tuple:
+    """-> (inputs of the network, what is wrong with the others); sized alike, inputs are one tensor."""
+    inputs = [item for item, problem in items if problem is None]
+    problems = [problem for _, problem in items if problem is not None]
+    return torch.stack(inputs) if inputs and isinstance(inputs[0], Tensor) else inputs, problems
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """All pictures in a folder and the folders in it, but for sample.py's overview of the others."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is neither a folder of pictures nor an .npz file of statistics; check the path")
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.name != "sheet.png")
+    return sorted(file for file in files if not file.name.startswith("."))
+
+
+@torch.no_grad()
+def statistics(folder: Path, network: Network, crop: Callable | None, batch_size: int, workers: int) -> Statistics:
+    """Mean and covariance of the features of all pictures in a folder. Under torchrun, each process takes its share.
+
+    Raises InputError if more than one in a hundred cannot be read (one always may), or fewer than 2 are left.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    files = find_pictures(folder)
+    pictures = Pictures(files[rank::world], crop, network.to_input)
+    # With a 1 after the features x, the sum of the outer products holds all: sum x x^T, sum x, and the count. In
+    # float64, because the covariance is a small difference of large sums.
+    sums = torch.zeros(network.size + 1, network.size + 1, dtype=torch.float64)
+    batches = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=collate)
+    for inputs, problems in tqdm(batches, desc=f"{folder}, batches of {batch_size}", disable=rank > 0):
+        for problem in problems:
+            tqdm.write(f"skipped, cannot be read: {problem}", file=sys.stderr)
+        if len(inputs):
+            x = F.pad(network.features(inputs).cpu().double(), (0, 1), value=1.0)  # (B, D + 1)
+            sums += x.T @ x
+    if world > 1:
+        torch.distributed.all_reduce(sums)
+    sums = sums.numpy()
+    count = int(sums[-1, -1])
+    if len(files) - count > max(1, len(files) // 100):
+        raise InputError(f"{folder}: {len(files) - count} of {len(files)} pictures cannot be read; too many to go on")
+    if count < 2:
+        raise InputError(f"{folder} has {count} readable pictures; a covariance needs 2, and a good FID thousands")
+    mu = sums[:-1, -1] / count
+    if not np.isfinite(sums).all():
+        raise InputError(f"{folder}: the features are not finite; are the network's weights damaged?")
+    return Statistics(mu, (sums[:-1, :-1] - count * np.outer(mu, mu)) / (count - 1), count, network.name)
+
+
+# The distance.
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """|mu1 - mu2|^2 + Tr(C1) + Tr(C2) - 2 Tr((C1 C2)^(1/2)) for means (D,) and covariances (D, D) (Heusel et al. 2017).
 
-    With C1 = A A^T, the product C1 C2 has the eigenvalues of the symmetric A^T C2 A, all real and none negative. So no
-    matrix root is needed, whose rounding errors are complex for singular covariances.
+    With C1 = A A^T, C1 C2 has the eigenvalues of the symmetric A^T C2 A, all real and none negative. With C2 = B B^T,
+    their square roots are the singular values of A^T B. Neither needs a matrix root, which is slow, and complex where
+    rounding makes a zero eigenvalue negative: always, for fewer pictures than features. And the singular values are
+    exact to 1e-16 of the largest one, but the root of a zero eigenvalue that is 1e-16 off is 1e-8.
     """
-    values, vectors = np.linalg.eigh(sigma1)
-    a = vectors * np.sqrt(values.clip(min=0))
-    root_trace = np.sqrt(np.linalg.eigvalsh(a.T @ sigma2 @ a).clip(min=0)).sum()
+    mu1, sigma1, mu2, sigma2 = (np.asarray(x, dtype=np.float64) for x in (mu1, sigma1, mu2, sigma2))
+    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != 2 * mu1.shape:
+        raise InputError(f"features of {len(mu1)} and {len(mu2)} numbers cannot be compared: of two networks?")
+    if not all(np.isfinite(x).all() for x in (mu1, sigma1, mu2, sigma2)):
+        raise InputError("means and covariances must be finite")
+    root_trace = np.linalg.svd(root(sigma1).T @ root(sigma2), compute_uv=False).sum()
     return float(np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * root_trace)
+
+
+def root(sigma: np.ndarray) -> np.ndarray:
+    """A (D, rank) with A A^T = sigma, by a Cholesky decomposition that takes the largest pivot first and ends when what
+    is left is rounding. Four times as fast as eigenvectors, on which we fall back if it does not end well: where
+    sigma was rounded, as to float32, it may have negative eigenvalues that are no longer negligible."""
+    decomposed, pivots, rank, _ = lapack.dpstrf(sigma, lower=True)
+    a = np.empty((len(sigma), rank))
+    a[pivots - 1] = np.tril(decomposed)[:, :rank]
+    if abs(np.sum(a**2) - np.trace(sigma)) <= 1e-12 * np.trace(sigma):
+        return a
+    values, vectors = np.linalg.eigh(sigma)
+    keep = values > len(sigma) * np.finfo(np.float64).eps * values[-1]
+    return vectors[:, keep] * np.sqrt(values[keep])
+
+
+def compare(where: str, size: int, name: str, other_where: str, other_size: int, other_name: str) -> None:
+    if size != other_size:
+        raise InputError(f"{where} has {size} features a picture, {other_where} {other_size}: of two networks?")
+    if name and other_name and name != other_name:
+        raise InputError(f"{where} ({name}) and {other_where} ({other_name}) were not made alike: no comparing them")
+
+
+def describe(source: Path, statistics: Statistics) -> str:
+    """How many pictures, and how they were made, if sample.py made them: it makes all in a folder alike."""
+    text = f"{statistics.count or 'an unknown number'} of {source}"
+    made = {} if source.suffix == ".npz" else sample.settings_of_png(find_pictures(source)[0])
+    told = [f"{key} {made[key]}" for key in ("steps", "guidance", "seed") if key in made]
+    return f"{text} ({', '.join(told)})" if told else text
+
+
+def run(args: argparse.Namespace) -> None:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    sources = [args.reference] + ([args.generated] if args.generated else [])
+    if args.save_stats and args.save_stats.suffix != ".npz" or not (args.save_stats or args.generated):
+        raise InputError("give GENERATED to compare with, or --save-stats FILE.npz for the statistics of REFERENCE")
+    if args.batch_size < 1 or args.workers < 0:
+        raise InputError("--batch-size must be at least 1 and --workers at least 0")
+    if args.clip and (args.mode or args.weights != WEIGHTS):
+        raise InputError("--clip is another network, with a mode of its own: leave out --mode and --weights")
+    if args.save_stats:
+        sample.make_folder(args.save_stats.parent)
+    known = {source: load_statistics(source) for source in sources if source.suffix == ".npz"}
+    protocol = PROTOCOLS[args.protocol]
+    if any(source not in known for source in sources):
+        device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+        sample.check_device(device)
+        mode = args.mode or protocol.mode
+        network = clip_network(args.clip, device) if args.clip else inception_network(args.weights, mode, device)
+        network.name += f", protocol {args.protocol}"
+        for source, stats in known.items():  # before the work, not after
+            compare(str(source), len(stats.mu), stats.name, "this network", network.size, network.name)
+    if world > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
+    found = [known.get(s) or statistics(s, network, protocol.crop, args.batch_size, args.workers) for s in sources]
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        return
+    if args.save_stats:
+        found[0].save(args.save_stats)
+        print(
+            f"{args.save_stats}: statistics of {describe(sources[0], found[0])}; {found[0].name or 'unknown network'}"
+        )
+    if args.generated:
+        reference, generated = found
+        compare(str(sources[0]), len(reference.mu), reference.name, str(sources[1]), len(generated.mu), generated.name)
+        if protocol.count and generated.count != protocol.count:
+            print(f"notice: {args.protocol} means {protocol.count} generated pictures", file=sys.stderr)
+        distance = frechet_distance(reference.mu, reference.sigma, generated.mu, generated.sigma)
+        name = reference.name or generated.name or "mode and network unknown"
+        pictures = f"reference {describe(sources[0], reference)}, generated {describe(sources[1], generated)}"
+        print(f"{'Frechet distance' if 'CLIP' in name else 'FID'} {distance:z.4f}: {name}; {pictures}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Frechet distance between two sets of pictures (FID).")
+    parser.add_argument("reference", type=Path, help="folder of pictures, or .npz file of their statistics")
+    parser.add_argument("generated", type=Path, nargs="?", help="the same; may be left out with --save-stats")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help=f"the FID network: {WEIGHTS.name}")
+    parser.add_argument("--clip", type=Path, help="compare image features of this CLIP folder instead")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="none", help="crop, resize and mode of a paper's FID")
+    parser.add_argument(
+        "--mode", choices=MODES, help="how pictures become 299 pixels; default: the protocol's, or clean"
+    )
+    parser.add_argument("--save-stats", type=Path, metavar="F.npz", help="write the statistics of the reference here")
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures looked at at once")
+    parser.add_argument("--workers", type=int, default=4, help="processes that read pictures")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
+    try:
+        run(parser.parse_args())
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped\n")
+
+
+if __name__ == "__main__":
+    main()

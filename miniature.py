@@ -280,7 +280,9 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
     folder = args.work / f"latents-{args.scenes}-{data.fingerprint(sd.vae)}"
     data.cache(sd.vae, data.Scenes(TRAIN), args.scenes, folder, workers=args.workers)
     known = data.Latents(folder)
-    mean, log_variance = (torch.cat(part).to(args.device) for part in list(zip(*known.parts))[:2])
+    mean, log_variance = (
+        torch.cat([part[name] for part in known.parts]).to(args.device) for name in ("mean", "log_variance")
+    )
     scale = sd.vae.cfg.scaling_factor
     captions = [known[i]["caption"] for i in range(len(known))]
     different = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
@@ -369,19 +371,21 @@ def save_clip(clip: Clip, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def pictures_of(
-    sd: StableDiffusion, prompts: list[str], steps: int, guidance: float, seed: int
+    sd: StableDiffusion, prompts: list[str], steps: int, guidance: float, seed: int, sampler: str | None = None
 ) -> Iterator[np.ndarray]:
-    """Pictures of the prompts by DDIM, uint8 (64, 64, 3), one after the other; picture i has noise (seed, i)."""
+    """Pictures of the prompts, uint8 (64, 64, 3), one after the other; picture i has noise (seed, i)."""
     for first in tqdm(range(0, len(prompts), 100), desc=f"{steps} steps, guidance {guidance:g}", leave=False):
         few = prompts[first : first + 100]
         indices = list(range(first, first + len(few)))
-        yield from sample.generate(sd, few, steps, guidance, seed, sampler="ddim", indices=indices)
+        yield from sample.generate(sd, few, steps, guidance, seed, sampler=sampler, indices=indices)
 
 
-def accuracy(sd: StableDiffusion, steps: int, guidance: float, seed: int, named: int, count: int) -> float:
+def accuracy(
+    sd: StableDiffusion, steps: int, guidance: float, seed: int, named: int, count: int, sampler: str | None = None
+) -> float:
     """Share of prompts that name one or two items of which the picture shows all that they say."""
     prompts = [scenes.prompt(seed, i, named) for i in range(count)]
-    pictures = pictures_of(sd, prompts, steps, guidance, seed)
+    pictures = pictures_of(sd, prompts, steps, guidance, seed, sampler)
     return sum(scenes.judge(picture, prompt) for picture, prompt in zip(pictures, prompts)) / count
 
 
@@ -405,12 +409,17 @@ def load_vision(folder: Path) -> ClipVision:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Choose the guidance on validation prompts, then report on test prompts."""
+    """Choose the guidance on validation prompts, then report on test prompts. For diffusion models and for flows."""
     sd = StableDiffusion.load(args.out, args.device)
     count = args.count
-    scores = {}
-    for guidance in (1.0, 2.0, 3.0, 4.0, 5.0, 7.0):
-        scores[guidance] = [accuracy(sd, 32, guidance, VALIDATION, named, count // 4) for named in (1, 2)]
+    if sd.windows:
+        runs = [("flow", steps) for steps in (8, 4, 2, 1) if steps >= sd.windows]
+    else:
+        runs = [("ddim", steps) for steps in (32, 16, 8, 4)] + [("dpm++", steps) for steps in (8, 4)]
+    scores = {args.guidance: [0]} if args.guidance else {}
+    for guidance in (1.0, 2.0, 3.0, 4.0, 5.0, 7.0) if not scores else ():
+        sampler, steps = runs[0] if sd.windows is None else ("flow", max(sd.windows, 4))
+        scores[guidance] = [accuracy(sd, steps, guidance, VALIDATION, named, count // 4, sampler) for named in (1, 2)]
         print(f"validation, guidance {guidance:g}: one item {scores[guidance][0]:.1%}, two {scores[guidance][1]:.1%}")
     best = max(scores, key=lambda guidance: sum(scores[guidance]))
 
@@ -420,13 +429,12 @@ def evaluate(args: argparse.Namespace) -> None:
     captions = [scenes.sample(TEST, i)[1] for i in range(5 * count)]
     print(f"test, guidance {best:g}; accuracy over {count} prompts a kind, Frechet distance over {5 * count} pictures")
     print(f"(features of the miniature's CLIP; two sets of drawn scenes are {floor:.3f} apart)")
-    print("| DDIM steps | one item | two items | Frechet distance |\n|---|---|---|---|")
-    for steps in (32, 16, 8, 4):
-        right = [accuracy(sd, steps, best, TEST, named, count) for named in (1, 2)]
-        made = statistics(pictures_of(sd, captions, steps, best, TEST), vision)
-        print(
-            f"| {steps} | {right[0]:.1%} | {right[1]:.1%} | {fid.frechet_distance(*made, *drawn[0]):.3f} |", flush=True
-        )
+    print("| sampler | steps | one item | two items | Frechet distance |\n|---|---|---|---|---|")
+    for sampler, steps in runs:
+        right = [accuracy(sd, steps, best, TEST, named, count, sampler) for named in (1, 2)]
+        made = statistics(pictures_of(sd, captions, steps, best, TEST, sampler), vision)
+        distance = fid.frechet_distance(*made, *drawn[0])
+        print(f"| {sampler} | {steps} | {right[0]:.1%} | {right[1]:.1%} | {distance:.3f} |", flush=True)
 
 
 def split(count: int) -> tuple[range, range]:
@@ -443,6 +451,7 @@ def main() -> None:
     parser.add_argument("--iters", type=int, help="training steps of each part, instead of the default; for a taste")
     parser.add_argument("--evaluate", action="store_true", help="do not train; measure what is in --out")
     parser.add_argument("--count", type=int, default=1000, help="with --evaluate: prompts of each kind")
+    parser.add_argument("--guidance", type=float, help="with --evaluate: take this one, do not look for the best")
     parser.add_argument("--batch-size", type=int, default=64, help="of the UNet")
     parser.add_argument("--scenes", type=int, default=100_000, help="how many scenes the UNet sees, again and again")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

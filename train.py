@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import checkpoint
@@ -39,7 +40,6 @@ import sample
 from loss import decomposed_velocity_loss
 from model import NETWORKS, InputError, StableDiffusion
 from unet import ResnetBlock, Transformer, UNet
-from vae import VAE
 
 # stage: windows of the student. Its teacher is the student of the stage before; that of the first, a diffusion model.
 STAGES = {1: 8, 2: 4, 3: 2, 4: 1}
@@ -341,22 +341,24 @@ def settle(args: argparse.Namespace) -> None:
         sample.read_prompts(args.sample_prompts)  # now, since the first sheet is far away
 
 
-def source_of(
-    args: argparse.Namespace, latent: tuple[int, ...], downscale: int, vae: VAE
-) -> data.Scenes | data.Latents:
-    """The data to train on, of latents (4, h, w) of this VAE."""
-    if args.data and not args.data.is_dir():
+def source_of(args: argparse.Namespace, latent: tuple[int, ...], sd: StableDiffusion) -> Dataset:
+    """The data to train on, for latents (4, h, w) of this model: cached ones, a folder of pictures, or drawn scenes."""
+    size = latent[1] * sd.downscale
+    if args.data is None:
+        source = data.Scenes(seed=0)
+    elif not args.data.is_dir():
         raise InputError(f"--data {args.data} is no folder; check the path")
-    source = data.Latents(args.data) if args.data else data.Scenes(seed=0)
-    note = args.data / "made_of.json" if args.data else None
-    if note and note.exists() and checkpoint.read_json(note).get("vae") != data.fingerprint(vae):
-        raise InputError(f"{args.data} holds latents of another VAE; make them with this model: data.py cache")
+    elif not any(args.data.glob("*.safetensors")):
+        return data.Folder(args.data, size, args.augment)
+    else:
+        source, note = data.Latents(args.data), args.data / "made_of.json"
+        if note.exists() and checkpoint.read_json(note).get("vae") != data.fingerprint(sd.vae):
+            raise InputError(f"{args.data} holds latents of another VAE; make them with this model: data.py cache")
     item = source[0]
-    height, width = (n * downscale for n in item["mean"].shape[1:]) if args.data else item["image"].shape[1:]
-    if (height, width) != (latent[1] * downscale, latent[2] * downscale):
-        wanted = latent[1] * downscale
+    height, width = [n * sd.downscale for n in item["mean"].shape[1:]] if args.data else item["image"].shape[1:]
+    if (height, width) != (size, size):
         raise InputError(
-            f"the data's pictures are {height} x {width}, not of size {wanted}; choose other --data or --size"
+            f"the data's pictures are {height} x {width}, not of size {size}; choose other --data or --size"
         )
     return source
 
@@ -404,7 +406,7 @@ def run(args: argparse.Namespace) -> None:
     size = sample.check_size(teacher, args.size) // teacher.downscale
     latent = (teacher.unet.cfg.in_channels, size, size)
     samples = data.Samples(
-        source_of(args, latent, teacher.downscale, teacher.vae),
+        source_of(args, latent, teacher),
         args.seed,
         latent,
         reflow.borders(args.windows),
@@ -471,7 +473,7 @@ def report_divergence(step: int, loss: Tensor, process: Process, folder: Path) -
 
 # What a resumed run must have in common with the interrupted one.
 KEPT = ("teacher", "student", "windows", "alpha", "batch_size", "accumulate", "points", "solver_steps", "lr", "warmup")
-KEPT += ("cooldown", "ema", "seed", "size", "data", "iters")
+KEPT += ("cooldown", "ema", "seed", "size", "data", "augment", "iters")
 
 
 def main() -> None:
@@ -481,7 +483,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="stage 1: the diffusion model's folder; default: the miniature")
     parser.add_argument("--teacher", type=Path, help="whose path is learned; default: --model, then the stage before")
     parser.add_argument("--student", type=Path, help="whose weights the student starts from; default: the teacher's")
-    parser.add_argument("--data", type=Path, help="folder of cached latents; default: the miniature's drawn scenes")
+    parser.add_argument(
+        "--data", type=Path, help="folder of cached latents or of captioned pictures; default: drawn scenes"
+    )
+    parser.add_argument("--augment", action="store_true", help="crop pictures at random places, mirror half of them")
     parser.add_argument("--out", type=Path, default=Path("out/train"), help="folder of all stages")
     parser.add_argument("--name", help="name of the result in --out; default: stage-K")
     parser.add_argument("--alpha", type=float, default=0.1, help="weight of the direction; 0: plain squared error")
@@ -512,15 +517,13 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, more time")
     parser.add_argument("--compile", action="store_true", help="torch.compile both networks: slow start, then faster")
     args = parser.parse_args()
-    rank = int(os.environ.get("RANK", 0))
     try:
         run(args)
     except InputError as error:
-        parser.exit(2, f"error: {error}\n" if rank == 0 else None)
+        reason = str(error).rpartition("InputError: ")[2]  # a worker process of the loader sends its traceback along
+        parser.exit(2, f"error: {reason}\n")
     except KeyboardInterrupt:
-        parser.exit(
-            130, "stopped; the same command with --resume goes on from the last checkpoint\n" if rank == 0 else None
-        )
+        parser.exit(130, "stopped; the same command with --resume goes on from the last checkpoint\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import refusal, rewrite
+from PIL import Image
 from torch.utils.data import Dataset
 
 import data
@@ -194,6 +195,115 @@ def test_batches_go_on_where_others_stopped(workers):
     whole = read(first=0, count=6, size=2, source=Numbers(5))
     later = read(first=2, count=4, size=2, workers=workers, source=Numbers(5))
     assert len(later) == 4 and all(equal(a, b) for a, b in zip(whole[2:], later))
+
+
+# ---- folders of pictures ----
+
+
+def write_picture(file, mode="RGB", size=(96, 64), color=(200, 30, 60), caption="a caption", **settings):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.new("RGB", size, color).convert(mode)
+    picture.save(file, **settings)
+    if caption is not None:
+        file.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return picture
+
+
+def test_a_folder_tree_is_read_with_its_captions(tmp_path):
+    write_picture(tmp_path / "b/2.png", caption=" two\nlines ")
+    write_picture(tmp_path / "a/1.PNG", caption="日本")
+    source = data.Folder(tmp_path, 32)
+    assert [source[i]["caption"] for i in range(len(source))] == ["日本", "two lines"]
+    image = source[0]["image"]
+    assert image.shape == (3, 32, 32) and image.dtype == torch.float32
+    assert torch.allclose(image[:, 5, 5], torch.tensor([200, 30, 60]) / 127.5 - 1)
+
+
+def test_an_index_gives_captions_too(tmp_path):
+    write_picture(tmp_path / "sub/x.png", caption=None)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "sub/x.png", "text": "from the index"}\n')
+    assert data.Folder(tmp_path, 16)[0]["caption"] == "from the index"
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "sub/x.png", "text": "good"}\n{"file_name": 3}\n')
+    assert "metadata.jsonl, line 2" in refusal(data.Folder, tmp_path, 16)
+
+
+def test_the_middle_is_cut_out_and_the_sizes_are_those_of_sdxl(tmp_path):
+    file = tmp_path / "x.png"
+    write_picture(file, size=(200, 100))
+    with Image.open(file) as picture:
+        picture.paste((0, 0, 255), (0, 0, 50, 100))  # just the part that a crop of the middle leaves out
+        picture.save(file)
+    item = data.Folder(tmp_path, 50)[0]
+    assert item["time_ids"].tolist() == [100, 200, 0, 25, 50, 50]
+    assert (item["image"][2, :, 2:] < 0).all()  # no blue but for what resizing smears over the border
+
+
+def test_pictures_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    write_picture(tmp_path / "x.jpg", size=(80, 40), exif=exif)
+    assert data.Folder(tmp_path, 40)[0]["time_ids"].tolist() == [80, 40, 20, 0, 40, 40]
+
+
+@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "webp"), ("1", "bmp")])
+def test_any_kind_of_picture_becomes_rgb(tmp_path, mode, suffix):
+    picture = write_picture(tmp_path / f"x.{suffix}", mode, color=(200, 200, 200))
+    image = data.Folder(tmp_path, 64)[0]["image"]
+    expected = np.array(picture.convert("RGB")).astype(float).mean() / 127.5 - 1
+    assert image.shape == (3, 64, 64) and image.mean().item() == pytest.approx(expected, abs=0.03)
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "x.png")
+    (tmp_path / "x.txt").write_text("nothing")
+    assert data.Folder(tmp_path, 8)[0]["image"].min() == 1
+
+
+def test_augmenting_crops_and_mirrors_by_the_sample_and_not_by_the_moment(tmp_path):
+    gradient = np.tile(np.arange(128, dtype=np.uint8), (64, 1))
+    Image.fromarray(gradient).save(tmp_path / "x.png")
+    (tmp_path / "x.txt").write_text("a ramp")
+
+    def draws(augment):
+        return [samples(data.Folder(tmp_path, 64, augment))[n] for n in range(40)]
+
+    rising = [(item["image"][0, 0, -1] > item["image"][0, 0, 0]).item() for item in draws(True)]
+    assert 8 < sum(rising) < 32
+    assert len({item["time_ids"][3].item() for item in draws(True)}) > 20
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(draws(True), draws(True)))
+    assert {item["time_ids"][3].item() for item in draws(False)} == {32}
+
+
+def test_bad_pictures_are_named_and_the_next_takes_their_place(tmp_path, capsys):
+    for name in "abcd":
+        write_picture(tmp_path / f"{name}.png", caption=name)
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "b.txt").write_text(" ")
+    (tmp_path / "c.txt").unlink()
+    source = data.Folder(tmp_path, 16)
+    assert [source[i]["caption"] for i in (0, 0, 1, 2, 3)] == ["d"] * 5
+    named = capsys.readouterr().err.splitlines()
+    assert len(named) == 3 and all(line.startswith("notice: ") for line in named)  # each once
+    assert "its caption is empty" in named[1] and str(tmp_path / "c") in named[2]
+
+
+def test_too_many_bad_pictures_are_an_error(tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i:02d}.png").write_bytes(b"no picture")
+        (tmp_path / f"{i:02d}.txt").write_text("a caption")
+    message = refusal(data.Folder(tmp_path, 16).__getitem__, 0)
+    assert message.startswith("11 of 30 pictures cannot be used")
+    assert "holds no pictures" in refusal(data.Folder, tmp_path / "nowhere", 16)
+
+
+def test_a_folder_is_cached_with_its_sizes(vae, tmp_path):
+    for name in "ab":
+        write_picture(tmp_path / f"pictures/{name}.png", size=(96, 64), caption=name)
+    data.cache(vae, data.Folder(tmp_path / "pictures", 64), 2, tmp_path / "latents")
+    item = data.Latents(tmp_path / "latents")[1]
+    assert item["caption"] == "b" and item["time_ids"].tolist() == [64, 96, 0, 16, 64, 64]
+    assert item["mean"].shape == (4, 8, 8)
 
 
 # ---- latents, made once ----

@@ -647,6 +647,30 @@ def test_latents_of_another_size_are_refused(sd15, tmp_path, capsys):
     assert "4" in one_error(capsys)
 
 
+def test_a_folder_of_pictures_trains_sdxl_with_each_pictures_sizes(sdxl, tmp_path, monkeypatch):
+    for name, width in ("a", 96), ("b", 128):
+        file = tmp_path / f"pictures/{name}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (width, 64)).save(file)
+        file.with_suffix(".txt").write_text("the cat")
+    seen = []
+    prepare = train.prepare
+    monkeypatch.setattr(train, "prepare", lambda *given: seen.append(prepare(*given)) or seen[-1])
+    arguments = ["--stage", 1, "--model", sdxl, "--iters", 1, "--data", tmp_path / "pictures", "--workers", 1]
+    assert run(*arguments, "--out", tmp_path) == 0
+    expected = [[64, 96, 0, 16, 64, 64], [64, 128, 0, 32, 64, 64]]
+    assert sorted(seen[0]["time_ids"].tolist()) == expected
+
+
+def test_an_error_in_a_reader_of_data_is_one_line_as_well(sd15, tmp_path, capsys):
+    for i in range(12):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+        (tmp_path / f"{i}.txt").write_text("a caption")
+    arguments = ["--stage", 1, "--model", sd15, "--iters", 1, "--data", tmp_path, "--workers", 1]
+    assert run(*arguments, "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: 11 of 12 pictures cannot be used")
+
+
 def test_latents_of_another_vae_are_refused(sd15, tmp_path, capsys):
     vae = StableDiffusion.load(sd15).vae
     vae.quant_conv.weight.data = vae.quant_conv.weight + 1
