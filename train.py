@@ -16,6 +16,7 @@ import argparse
 import copy
 import functools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -520,10 +521,13 @@ def main() -> None:
     try:
         run(args)
     except InputError as error:
-        reason = str(error).rpartition("InputError: ")[2]  # a worker process of the loader sends its traceback along
+        reason = str(error).strip().rpartition("InputError: ")[2]  # a worker process of the loader sends its traceback along
         parser.exit(2, f"error: {reason}\n")
     except KeyboardInterrupt:
         parser.exit(130, "stopped; the same command with --resume goes on from the last checkpoint\n")
+    finally:
+        for reader in multiprocessing.active_children():  # of data; they take no notice of gentler signals
+            reader.kill()
 
 
 if __name__ == "__main__":
