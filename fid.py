@@ -302,7 +302,7 @@ def inception_network(weights: Path, mode: str, device: str) -> Network:
 
 
 def clip_network(folder: Path, device: str) -> Network:
-    from clip_score import ClipScore  # only here, so that FID needs no more than this file
+    from clip_score import ClipScore  # only here: the FID network needs nothing of CLIP
 
     clip = ClipScore.load(folder, device)
     size = clip.vision.cfg.projection_dim
@@ -446,11 +446,11 @@ def compare(where: str, size: int, name: str, other_where: str, other_size: int,
 
 
 def describe(source: Path, statistics: Statistics) -> str:
-    """How many pictures, and how they were made, if sample.py made them: it makes all in a folder alike."""
-    text = f"{statistics.count or 'an unknown number'} of {source}"
+    """How many pictures, and what is known of how they were made: sample.py makes all in a folder alike."""
     made = {} if source.suffix == ".npz" else sample.settings_of_png(find_pictures(source)[0])
     told = [f"{key} {made[key]}" for key in ("steps", "guidance", "seed") if key in made]
-    return f"{text} ({', '.join(told)})" if told else text
+    told += [] if statistics.name else ["of another tool, mode and network unknown"]
+    return f"{statistics.count or 'an unknown number'} of {source}" + (f" ({', '.join(told)})" if told else "")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -492,7 +492,7 @@ def run(args: argparse.Namespace) -> None:
         if protocol.count and generated.count != protocol.count:
             print(f"notice: {args.protocol} means {protocol.count} generated pictures", file=sys.stderr)
         distance = frechet_distance(reference.mu, reference.sigma, generated.mu, generated.sigma)
-        name = reference.name or generated.name or "mode and network unknown"
+        name = reference.name or generated.name or "unknown mode and network"
         pictures = f"reference {describe(sources[0], reference)}, generated {describe(sources[1], generated)}"
         print(f"{'Frechet distance' if 'CLIP' in name else 'FID'} {distance:z.4f}: {name}; {pictures}")
 

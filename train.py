@@ -22,7 +22,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -419,41 +419,38 @@ def run(args: argparse.Namespace) -> None:
     evaluations = process.world * args.accumulate * args.batch_size * (steps + 3 * args.points)
     stop = Stop()
 
-    for step in range(start, args.iters):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        numbers = torch.zeros(4, device=process.device)
-        for part in range(args.accumulate):
-            batch = prepare(teacher, next(items), process.device)
-            wait = process.world > 1 and part < args.accumulate - 1  # gradients travel once, with the last part
-            with network.no_sync() if wait else nullcontext():
-                with torch.autocast(process.device.type, torch.bfloat16, enabled=low == torch.bfloat16):
-                    loss, both = loss_of(network, teacher, batch, args.windows, steps, args.alpha)
-                (loss / args.accumulate).backward()
-            numbers[:3] += torch.stack([loss.detach(), both["mse"], both["cos"]]) / args.accumulate
-        norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)  # of averaged gradients: the same in all processes
-        if not norm.isfinite():
-            log.bar.close()
-            report_divergence(step, numbers[0], process, folder)
-        optimizer.step()
-        optimizer.zero_grad()
-        update_average(average, student, step, args.ema)
-        numbers[3] = stop.asked
-        loss, mse, cos, stopping = process.mean(numbers).tolist()
-        log.add(
-            step + 1, {"loss": loss, "mse": mse, "cos": cos, "grad_norm": norm.item(), "lr": group["lr"]}, evaluations
-        )
+    with closing(log.bar):  # so that what is said after an error has a line of its own
+        for step in range(start, args.iters):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            numbers = torch.zeros(4, device=process.device)
+            for part in range(args.accumulate):
+                batch = prepare(teacher, next(items), process.device)
+                wait = process.world > 1 and part < args.accumulate - 1  # gradients travel once, with the last part
+                with network.no_sync() if wait else nullcontext():
+                    with torch.autocast(process.device.type, torch.bfloat16, enabled=low == torch.bfloat16):
+                        loss, both = loss_of(network, teacher, batch, args.windows, steps, args.alpha)
+                    (loss / args.accumulate).backward()
+                numbers[:3] += torch.stack([loss.detach(), both["mse"], both["cos"]]) / args.accumulate
+            norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)  # of the average: all processes have the same
+            if not norm.isfinite():
+                report_divergence(step, numbers[0], process, folder)
+            optimizer.step()
+            optimizer.zero_grad()
+            update_average(average, student, step, args.ema)
+            numbers[3] = stop.asked
+            loss, mse, cos, stopping = process.mean(numbers).tolist()
+            shown = {"loss": loss, "mse": mse, "cos": cos, "grad_norm": norm.item(), "lr": group["lr"]}
+            log.add(step + 1, shown, evaluations)
 
-        done = step + 1
-        if process.rank == 0 and (done == args.iters or stopping or done % args.save_every == 0):
-            save_checkpoint(folder, done, parts, settings)
-        if process.rank == 0 and args.sample_every and (done == args.iters or done % args.sample_every == 0):
-            draw_sheet(teacher, average, args, folder / f"sheet-{done:07d}.png")
-        if stopping and done < args.iters:
-            log.bar.close()
-            raise KeyboardInterrupt
+            done = step + 1
+            if process.rank == 0 and (done == args.iters or stopping or done % args.save_every == 0):
+                save_checkpoint(folder, done, parts, settings)
+            if process.rank == 0 and args.sample_every and (done == args.iters or done % args.sample_every == 0):
+                draw_sheet(teacher, average, args, folder / f"sheet-{done:07d}.png")
+            if stopping and done < args.iters:
+                raise KeyboardInterrupt
     stop.restore()
-    log.bar.close()
     if process.rank == 0:
         save_flow(average, flow_scheduler(teacher, args.windows), args.teacher, result, getattr(torch, args.save_dtype))
         print(f"{result} is ready: python sample.py --model {result} --steps {max(args.windows, 4)} --prompt ...")
@@ -521,12 +518,15 @@ def main() -> None:
     try:
         run(args)
     except InputError as error:
-        reason = str(error).strip().rpartition("InputError: ")[2]  # a worker process of the loader sends its traceback along
+        reason = (
+            str(error).strip().rpartition("InputError: ")[2]
+        )  # a worker process of the loader sends its traceback along
         parser.exit(2, f"error: {reason}\n")
     except KeyboardInterrupt:
         parser.exit(130, "stopped; the same command with --resume goes on from the last checkpoint\n")
     finally:
-        for reader in multiprocessing.active_children():  # of data; they take no notice of gentler signals
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader would take the end of its readers for a failure
+        for reader in multiprocessing.active_children():  # they take no notice of gentler signals
             reader.kill()
 
 

@@ -665,10 +665,12 @@ def test_the_line_says_how_sample_py_made_the_pictures(folders, tmp_path):
     import sample
 
     sample.save_png(np.zeros((8, 8, 3), np.uint8), tmp_path / "0.png", {"steps": "4", "guidance": "2.5", "seed": "7"})
-    stats = fid.Statistics(np.zeros(1), np.eye(1), 1)
+    stats = fid.Statistics(np.zeros(1), np.eye(1), 1, "a network")
     assert fid.describe(tmp_path, stats) == f"1 of {tmp_path} (steps 4, guidance 2.5, seed 7)"
     assert fid.describe(folders[0], stats) == f"1 of {folders[0]}"
-    assert fid.describe(Path("a.npz"), fid.Statistics(np.zeros(1), np.eye(1))) == "an unknown number of a.npz"
+    assert fid.describe(Path("a.npz"), fid.Statistics(np.zeros(1), np.eye(1))) == (
+        "an unknown number of a.npz (of another tool, mode and network unknown)"
+    )
 
 
 def test_wrong_arguments_are_one_clear_line_and_exit_code_2(folders, tmp_path, monkeypatch, capsys):
