@@ -33,7 +33,7 @@ import data
 import fid
 import sample
 import scenes
-from clip_score import ClipVision, ClipVisionConfig
+from clip_score import ClipScore, ClipVision, ClipVisionConfig
 from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer, clip_bpe
 from model import InputError, StableDiffusion
 from unet import UNet, UNetConfig
@@ -389,23 +389,11 @@ def accuracy(
     return sum(scenes.judge(picture, prompt) for picture, prompt in zip(pictures, prompts)) / count
 
 
-@torch.no_grad()
-def statistics(pictures: Iterator[np.ndarray], vision: ClipVision) -> tuple[np.ndarray, np.ndarray]:
+def statistics(pictures: Iterator[np.ndarray], clip: ClipScore) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of the pictures' features in the miniature's own CLIP."""
-    images = torch.from_numpy(np.stack(list(pictures))).permute(0, 3, 1, 2)
-    features = torch.cat([vision(few.float() / 127.5 - 1) for few in images.split(200)]).double().numpy()
-    return features.mean(axis=0), np.cov(features, rowvar=False)
-
-
-def load_vision(folder: Path) -> ClipVision:
-    """The vision tower of the CLIP folder that `train` wrote."""
-    settings = checkpoint.read_json(folder / "config.json")["vision_config"]
-    vision = checkpoint.build(ClipVision, settings_of(ClipVisionConfig, settings))
-    files = checkpoint.find_tensors(folder, "model", None)
-    files = {name: file for name, file in files.items() if name.startswith("vis")}
-    sources = {key: (key, convert.as_stored) for key in vision.state_dict()}
-    checkpoint.assign(vision, sources, files, "cpu", torch.float32, str(folder))
-    return vision
+    pictures = np.stack(list(pictures))
+    features = torch.cat([clip.image_features(pictures[i : i + 200]) for i in range(0, len(pictures), 200)])
+    return features.double().numpy().mean(axis=0), np.cov(features.double().numpy(), rowvar=False)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -423,8 +411,8 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"validation, guidance {guidance:g}: one item {scores[guidance][0]:.1%}, two {scores[guidance][1]:.1%}")
     best = max(scores, key=lambda guidance: sum(scores[guidance]))
 
-    vision = load_vision(args.clip)
-    drawn = [statistics((scenes.sample(TEST, i)[0] for i in part), vision) for part in split(5 * count)]
+    clip = ClipScore.load(args.clip)
+    drawn = [statistics((scenes.sample(TEST, i)[0] for i in part), clip) for part in split(5 * count)]
     floor = fid.frechet_distance(*drawn[0], *drawn[1])
     captions = [scenes.sample(TEST, i)[1] for i in range(5 * count)]
     print(f"test, guidance {best:g}; accuracy over {count} prompts a kind, Frechet distance over {5 * count} pictures")
@@ -432,7 +420,7 @@ def evaluate(args: argparse.Namespace) -> None:
     print("| sampler | steps | one item | two items | Frechet distance |\n|---|---|---|---|---|")
     for sampler, steps in runs:
         right = [accuracy(sd, steps, best, TEST, named, count, sampler) for named in (1, 2)]
-        made = statistics(pictures_of(sd, captions, steps, best, TEST, sampler), vision)
+        made = statistics(pictures_of(sd, captions, steps, best, TEST, sampler), clip)
         distance = fid.frechet_distance(*made, *drawn[0])
         print(f"| {sampler} | {steps} | {right[0]:.1%} | {right[1]:.1%} | {distance:.3f} |", flush=True)
 

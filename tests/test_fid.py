@@ -324,22 +324,26 @@ def test_clean_is_pils_own_bicubic_on_each_channel_of_floats():
         np.testing.assert_array_equal(shown[c] * 256, np.array(channel.resize((299, 299), Image.BICUBIC)))
 
 
-def test_the_network_sees_minus_one_to_one(network, monkeypatch):
+class Stop(Exception):
+    pass
+
+
+def test_the_network_sees_minus_one_to_one_in_full_precision(network, monkeypatch):
     """Legacy: 0..255 is -1..1. Clean: (x - 128) / 128."""
     seen = []
-    monkeypatch.setattr(network.Conv2d_1a_3x3, "forward", lambda x: seen.append(x) or Stop.now())
+
+    def look(x):
+        seen.append((float(x.mean()), torch.backends.cudnn.allow_tf32))
+        raise Stop
+
+    monkeypatch.setattr(network.Conv2d_1a_3x3, "forward", look)
     for mode in "legacy", "clean":
         for level in 0, 128, 255:
             with pytest.raises(Stop):
                 network(fid.MODES[mode](Image.new("RGB", (50, 60), (level,) * 3))[None])
-    values = [float(x.mean()) for x in seen]
+    values, tf32 = zip(*seen)
     assert values == pytest.approx([-1, 1 / 255, 1, -1, 0, 127 / 128], abs=1e-6)
-
-
-class Stop(Exception):
-    @classmethod
-    def now(cls):
-        raise cls
+    assert not any(tf32)
 
 
 def test_protocols_crop_and_resize_as_written():
@@ -512,7 +516,7 @@ def test_the_distance_of_covariances_with_a_known_map(spectrum, spread):
     c2 = m @ c1 @ m
     c2 = (c2 + c2.T) / 2
     rest = np.eye(D_) - m
-    mu1, mu2 = rng.standard_normal((2, D_)) * 0.01
+    mu1, mu2 = rng.standard_normal((2, D_)) * 1e-3
     expected = np.trace(rest @ c1 @ rest) + np.sum((mu1 - mu2) ** 2)
     for distance in fid.frechet_distance(mu1, c1, mu2, c2), fid.frechet_distance(mu2, c2, mu1, c1):
         assert isinstance(distance, float) and distance == pytest.approx(expected, rel=1e-6)
@@ -532,6 +536,11 @@ def test_a_singular_against_a_regular_covariance():
     expected = np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
     zero = np.zeros(D_)
     assert fid.frechet_distance(zero, q * a @ q.T, zero, q * b @ q.T) == pytest.approx(expected, rel=1e-6)
+    a, b = np.where(np.arange(D_) < 100, a.clip(0.1) + 1, 0), np.where(np.arange(D_) > 80, b, 0)  # both singular
+    expected = np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
+    distance = fid.frechet_distance(zero, q * a @ q.T, zero, q * b @ q.T)
+    assert distance == pytest.approx(expected, rel=1e-12)  # of eigenvalues of A^T C2 A, only 1e-9 is left
+    b = rng.random(D_)
     assert fid.frechet_distance(zero, np.zeros((D_, D_)), zero, q * b @ q.T) == pytest.approx(b.sum())
 
 
@@ -559,7 +568,7 @@ def test_fewer_pictures_than_features_give_a_real_finite_distance():
 
 
 def test_covariances_rounded_to_float32_have_a_distance():
-    """Rounding gives a singular covariance eigenvalues of about -1e-7, with which Cholesky goes wrong."""
+    """Rounding gives a singular covariance eigenvalues of about -1e-7, at which Cholesky must stop in time."""
     rng = np.random.default_rng(13)
     c1 = covariance(rng, SPECTRA["singular"])
     m = covariance(rng, np.exp(0.3 * rng.standard_normal(D_)))
@@ -577,6 +586,8 @@ def test_what_has_no_distance_is_refused():
     zero, eye = np.zeros(3), np.eye(3)
     assert "features of 3 and 2 numbers" in refusal(fid.frechet_distance, zero, eye, np.zeros(2), np.eye(2))
     assert "finite" in refusal(fid.frechet_distance, zero, eye * np.nan, zero, eye)
+    for diagonal in (1, -1, 1), (-1, -1, -1):
+        assert "negative eigenvalues" in refusal(fid.frechet_distance, zero, np.diag(diagonal), zero, eye)
 
 
 def test_the_distance_is_faster_than_a_matrix_root():

@@ -17,6 +17,7 @@ import fid
 import miniature
 import sample
 import scenes
+from clip_score import ClipScore
 from clip_text import Tokenizer
 from model import StableDiffusion
 
@@ -127,7 +128,7 @@ def check_that_others_open(out, clip, sd):
         images = draw(2, 3, 64, 64)
         theirs = transformers.CLIPModel.from_pretrained(clip, dtype=torch.float32).get_image_features(images)
         theirs = getattr(theirs, "pooler_output", theirs)
-        torch.testing.assert_close(miniature.load_vision(clip)(images), theirs, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(ClipScore.load(clip).vision(images), theirs, atol=1e-4, rtol=1e-3)
 
 
 def test_the_frechet_distance_has_known_values():
