@@ -407,7 +407,7 @@ def evaluate(args: argparse.Namespace) -> None:
     scores = {args.guidance: [0]} if args.guidance else {}
     for guidance in (1.0, 2.0, 3.0, 4.0, 5.0, 7.0) if not scores else ():
         sampler, steps = runs[0] if sd.windows is None else ("flow", max(sd.windows, 4))
-        scores[guidance] = [accuracy(sd, steps, guidance, VALIDATION, named, count // 4, sampler) for named in (1, 2)]
+        scores[guidance] = [accuracy(sd, steps, guidance, VALIDATION, named, count, sampler) for named in (1, 2)]
         print(f"validation, guidance {guidance:g}: one item {scores[guidance][0]:.1%}, two {scores[guidance][1]:.1%}")
     best = max(scores, key=lambda guidance: sum(scores[guidance]))
 
