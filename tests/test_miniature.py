@@ -152,7 +152,7 @@ def test_the_shipped_model_is_small():
 
 @shipped
 def test_the_shipped_model_keeps_to_its_prompts():
-    """100 of the prompts that `miniature.py --evaluate` measures; bounds three standard errors below README's figures."""
+    """100 of the prompts that `miniature.py --evaluate` measures; bounds three standard errors below README."""
     sd = StableDiffusion.load(SHIPPED)
     assert miniature.accuracy(sd, 32, 4.0, miniature.TEST, named=1, count=100) > 0.68
     assert miniature.accuracy(sd, 32, 4.0, miniature.TEST, named=2, count=100) > 0.27
