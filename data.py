@@ -73,7 +73,7 @@ class Folder(Dataset):
             self.files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in self.SUFFIXES)
             self.captions = None  # read when needed: opening a million text files first takes long
         if not self.files:
-            raise InputError(f"{folder} holds no pictures ({', '.join(self.SUFFIXES)}); check the path")
+            raise InputError(f"{folder} holds neither latents nor captioned pictures; check the path")
 
     def __len__(self) -> int:
         return len(self.files)

@@ -294,7 +294,7 @@ def test_too_many_bad_pictures_are_an_error(tmp_path):
         (tmp_path / f"{i:02d}.txt").write_text("a caption")
     message = refusal(data.Folder(tmp_path, 16).__getitem__, 0)
     assert message.startswith("11 of 30 pictures cannot be used")
-    assert "holds no pictures" in refusal(data.Folder, tmp_path / "nowhere", 16)
+    assert "holds neither latents nor captioned pictures" in refusal(data.Folder, tmp_path / "nowhere", 16)
 
 
 def test_a_folder_is_cached_with_its_sizes(vae, tmp_path):

@@ -420,7 +420,9 @@ ONE, FOUR, EIGHT = (SimpleNamespace(windows=windows) for windows in (1, 4, 8))
 )
 def test_a_window_gets_its_share_of_32_ddim_steps_or_a_step_for_each_window_it_merges(teacher, windows, steps):
     assert train.solver_steps(teacher, windows, None) == steps
-    assert train.solver_steps(teacher, windows, 5) == 5
+    assert train.solver_steps(teacher, windows, 2 * steps) == 2 * steps
+    if teacher.windows:  # a step across a border of the teacher's windows would be no step of its path
+        assert f"no multiple of {steps}" in refusal(train.solver_steps, teacher, windows, 2 * steps + 1)
 
 
 @pytest.mark.parametrize(
@@ -634,10 +636,10 @@ def test_a_single_file_is_refused_with_the_command_that_helps(sd15, tmp_path, ca
     assert f"{file} is a single file; make a folder of it: python convert.py {file} FOLDER" in one_error(capsys)
 
 
-def test_a_folder_without_latents_is_refused(sd15, tmp_path, capsys):
+def test_a_folder_without_latents_or_pictures_is_refused(sd15, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     assert run("--stage", 1, "--model", sd15, "--data", tmp_path / "data", "--out", tmp_path) == 2
-    assert f"{tmp_path / 'data'} holds no latents" in one_error(capsys)
+    assert f"{tmp_path / 'data'} holds neither latents nor captioned pictures" in one_error(capsys)
 
 
 def test_latents_of_another_size_are_refused(sd15, tmp_path, capsys):
