@@ -280,6 +280,7 @@ class Log:
             return
         seconds = time.time() - self.since
         line = {name: total / self.count for name, total in self.sums.items()}
+        line["left_out"] = self.sums["left_out"]  # pictures that could not be read: how many, not how many per step
         line |= {"step": step, "evaluations_per_second": evaluations * self.count / seconds}
         with self.file.open("a") as file:
             file.write(
@@ -343,18 +344,14 @@ def settle(args: argparse.Namespace) -> None:
 
 
 def source_of(args: argparse.Namespace, latent: tuple[int, ...], sd: StableDiffusion) -> Dataset:
-    """The data to train on, for latents (4, h, w) of this model: cached ones, a folder of pictures, or drawn scenes."""
+    """The data to train on, for latents (4, h, w) of this model."""
     size = latent[1] * sd.downscale
-    if args.data is None:
-        source = data.Scenes(seed=0)
-    elif not args.data.is_dir():
-        raise InputError(f"--data {args.data} is no folder; check the path")
-    elif not any(args.data.glob("*.safetensors")):
-        return data.Folder(args.data, size, args.augment)
-    else:
-        source, note = data.Latents(args.data), args.data / "made_of.json"
-        if note.exists() and checkpoint.read_json(note).get("vae") != data.fingerprint(sd.vae):
-            raise InputError(f"{args.data} holds latents of another VAE; make them with this model: data.py cache")
+    source = data.open_source(args.data, size, args.augment)
+    if isinstance(source, data.Pictures):
+        return source
+    note = args.data / "made_of.json" if args.data else None
+    if note and note.exists() and checkpoint.read_json(note).get("vae") != data.fingerprint(sd.vae):
+        raise InputError(f"{args.data} holds latents of another VAE; make them with this model: data.py cache")
     item = source[0]
     height, width = [n * sd.downscale for n in item["mean"].shape[1:]] if args.data else item["image"].shape[1:]
     if (height, width) != (size, size):
@@ -423,9 +420,11 @@ def run(args: argparse.Namespace) -> None:
         for step in range(start, args.iters):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
-            numbers = torch.zeros(4, device=process.device)
+            numbers, left_out = torch.zeros(5, device=process.device), 0
             for part in range(args.accumulate):
-                batch = prepare(teacher, next(items), process.device)
+                drawn = next(items)
+                left_out += int(drawn.pop("left_out", torch.zeros(1)).sum())
+                batch = prepare(teacher, drawn, process.device)
                 wait = process.world > 1 and part < args.accumulate - 1  # gradients travel once, with the last part
                 with network.no_sync() if wait else nullcontext():
                     with torch.autocast(process.device.type, torch.bfloat16, enabled=low == torch.bfloat16):
@@ -438,9 +437,10 @@ def run(args: argparse.Namespace) -> None:
             optimizer.step()
             optimizer.zero_grad()
             update_average(average, student, step, args.ema)
-            numbers[3] = stop.asked
-            loss, mse, cos, stopping = process.mean(numbers).tolist()
+            numbers[3], numbers[4] = stop.asked, left_out
+            loss, mse, cos, stopping, left_out = process.mean(numbers).tolist()
             shown = {"loss": loss, "mse": mse, "cos": cos, "grad_norm": norm.item(), "lr": group["lr"]}
+            shown["left_out"] = left_out * process.world
             log.add(step + 1, shown, evaluations)
 
             done = step + 1
@@ -482,7 +482,9 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="whose path is learned; default: --model, then the stage before")
     parser.add_argument("--student", type=Path, help="whose weights the student starts from; default: the teacher's")
     parser.add_argument(
-        "--data", type=Path, help="folder of cached latents or of captioned pictures; default: drawn scenes"
+        "--data",
+        type=Path,
+        help="cached latents, captioned pictures, or tar shards, 'DIR/*.tar'; default: drawn scenes",
     )
     parser.add_argument("--augment", action="store_true", help="crop pictures at random places, mirror half of them")
     parser.add_argument("--out", type=Path, default=Path("out/train"), help="folder of all stages")

@@ -1,7 +1,9 @@
 """What several tests use: small models with the structure of the official ones, made by the reference libraries."""
 
+import io
 import json
 import shutil
+import tarfile
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -149,3 +152,20 @@ def sdxl_pipeline(folder):
         tokenizer_2=CLIPTokenizer.from_pretrained(write_tokenizer(folder / "2", pad_token="!")),
         scheduler=scheduler(), force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
+
+
+def write_shard(file, keys, broken=(), captions=True, facts=None):
+    """A tar file as img2dataset writes it: a picture, KEY.txt and KEY.json per sample; the color tells the key."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for key in keys:
+            picture = io.BytesIO()
+            Image.new("RGB", (96, 64), (key % 256, key // 256, 99)).save(picture, "png")
+            content = b"no picture" if key in broken else picture.getvalue()
+            parts = {"png": content, "json": json.dumps({"caption": f"fact {key}"} | (facts or {})).encode()}
+            if captions:
+                parts["txt"] = f"caption {key}".encode()
+            for kind, content in parts.items():
+                member = tarfile.TarInfo(f"{key:09d}.{kind}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))

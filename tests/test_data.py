@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import refusal, rewrite
+from helpers import refusal, rewrite, write_shard
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -372,3 +372,79 @@ def test_the_command_caches_and_refuses_in_one_line(sd15, tmp_path, monkeypatch,
     assert run("--model", sd15, "--count", 0) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and all(line.startswith("error: ") for line in errors), errors
+
+
+# ---- tar shards ----
+
+
+@pytest.fixture
+def shards(tmp_path):
+    for k in range(3):
+        write_shard(tmp_path / f"laion/{k:05d}.tar", range(10 * k, 10 * k + 10))
+    return tmp_path / "laion"
+
+
+def test_shards_are_found_by_folder_list_glob_and_range(shards):
+    (shards / "some.txt").write_text("00002.tar\n\n00000.tar\n")
+    for where, first in (
+        (shards, 0),
+        (shards / "*.tar", 0),
+        (shards / "{00001..00002}.tar", 10),
+        (shards / "some.txt", 20),
+    ):
+        assert data.open_source(where, 32)[0]["caption"] == f"caption {first}"
+    assert len(data.Shards(shards / "{00001..00002}.tar", 32)) == 20
+    assert f"{shards}/00003.tar does not exist" in refusal(data.Shards, shards / "{00001..00003}.tar", 32)
+    assert "nowhere-*.tar does not exist" in refusal(data.Shards, shards / "nowhere-*.tar", 32)
+
+
+def test_a_sample_of_a_shard_has_its_picture_caption_and_the_size_it_once_had(shards):
+    write_shard(shards / "00001.tar", [7], captions=False, facts={"original_width": 640, "original_height": 480})
+    source = data.Shards(shards, 64)
+    item = source[10]
+    assert item["caption"] == "fact 7" and item["time_ids"].tolist() == [480, 640, 0, 16, 64, 64]
+    assert torch.allclose(item["image"][:, 9, 9], torch.tensor([7, 0, 99]) / 127.5 - 1)
+    assert source[11]["caption"] == "caption 20" and source[11]["time_ids"].tolist() == [64, 96, 0, 16, 64, 64]
+
+
+def test_an_epoch_shuffles_shards_and_neighbors_and_leaves_nothing_out(shards):
+    source = data.Shards(shards, 32, buffer=5)
+    orders = [source.order(np.random.default_rng(seed)) for seed in range(20)]
+    assert all(sorted(order) == list(range(30)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 20
+    assert len({int(np.median(order[:9])) // 10 for order in orders}) == 3  # each shard comes first at times
+    for order in orders:  # no shard is opened twice: what is read at a time lies together
+        changes = np.flatnonzero(np.diff(order // 10))
+        assert changes.max() - changes.min() <= 10 + 2 * 5
+
+
+def test_a_tar_that_was_cut_short_is_named_and_used_as_far_as_it_goes(shards, capsys):
+    whole = (shards / "00001.tar").read_bytes()
+    (shards / "00001.tar").write_bytes(whole[: len(whole) // 2])
+    source = data.Shards(shards, 32)
+    assert 25 <= len(source) <= 28 and "00001.tar is damaged" in capsys.readouterr().err
+    captions = [source[i]["caption"] for i in range(len(source))]
+    assert captions[-10:] == [f"caption {key}" for key in range(20, 30)]
+    (shards / "00002.tar").write_bytes(b"no tar at all" * 100)
+    assert "2 of 3 shards are damaged" in refusal(data.Shards, shards, 32)
+
+
+def test_a_broken_picture_in_a_shard_is_named_by_its_key(shards, capsys):
+    content = bytearray((shards / "00000.tar").read_bytes())
+    at = content.index(b"PNG")
+    content[at + 10 : at + 60] = bytes(50)
+    (shards / "00000.tar").write_bytes(content)
+    item = data.Shards(shards, 32)[0]
+    assert item["caption"] == "caption 1" and item["left_out"] == 1
+    assert "00000.tar: 000000000.png is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_processes_read_every_sample_of_the_shards_once_and_go_on_where_they_stopped(shards, workers):
+    def captions(first, count, rank):
+        drawn = samples(data.Shards(shards, 32, buffer=6))
+        return [name for batch in data.batches(drawn, first, count, 3, rank, 2, workers) for name in batch["caption"]]
+
+    both = captions(0, 5, 0), captions(0, 5, 1)
+    assert sorted(both[0] + both[1]) == sorted(f"caption {key}" for key in range(30))
+    assert captions(2, 3, 1) == both[1][6:]

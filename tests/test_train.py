@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from helpers import edit, randomize, read, refusal
+from helpers import edit, randomize, read, refusal, write_shard
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -64,8 +64,9 @@ def start():
     """Start train.py in the background; it does not outlive the test."""
     started = []
 
-    def start(*arguments):
-        started.append(subprocess.Popen(command(*arguments), env=ENVIRONMENT, start_new_session=True, **PIPES))
+    def start(*arguments, processes=1):
+        line = command(*arguments, processes=processes)
+        started.append(subprocess.Popen(line, env=ENVIRONMENT, start_new_session=True, **PIPES))
         return started[-1]
 
     yield start
@@ -574,7 +575,7 @@ def test_a_line_of_the_log_is_the_mean_since_the_last_one(sd15, tmp_path):
         assert run(*arguments, "--log-every", every, "--out", tmp_path / str(every)) == 0
     each, pairs = (log_of(tmp_path / str(every) / "stage-1-run") for every in (1, 2))
     names = {"loss", "mse", "cos", "grad_norm", "lr", "evaluations_per_second", "step"}
-    assert all(line.keys() == names and min(line.values()) > 0 for line in each + pairs)
+    assert all(line.pop("left_out") == 0 and line.keys() == names and min(line.values()) > 0 for line in each + pairs)
     assert [line["step"] for line in each] == [1, 2, 3, 4] and [line["step"] for line in pairs] == [2, 4]
     assert [line["lr"] for line in each] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4])
     for line, first, second in zip(pairs, each[::2], each[1::2]):
@@ -662,6 +663,31 @@ def test_a_folder_of_pictures_trains_sdxl_with_each_pictures_sizes(sdxl, tmp_pat
     assert run(*arguments, "--out", tmp_path) == 0
     expected = [[64, 96, 0, 16, 64, 64], [64, 128, 0, 32, 64, 64]]
     assert sorted(seen[0]["time_ids"].tolist()) == expected
+
+
+def test_damaged_shards_train_two_processes_with_readers_and_a_kill_leaves_no_trace(sd15, tmp_path, start):
+    broken = set(range(50, 2000, 100))
+    for k, keys in enumerate((range(700), range(700, 1400), range(1400, 2000))):
+        write_shard(tmp_path / f"laion/{k:05d}.tar", keys, broken)
+    content = (tmp_path / "laion/00002.tar").read_bytes()
+    (tmp_path / "laion/00002.tar").write_bytes(content[:-20000])  # cut short, as by a full disk
+    arguments = ["--stage", 1, "--model", sd15, "--data", tmp_path / "laion", "--iters", 12, "--save-every", 4]
+    arguments += ["--batch-size", 12, "--workers", 2, "--seed", 1]
+    whole = start(*arguments, "--out", tmp_path / "whole", processes=2)
+    output, errors = whole.communicate(timeout=240)
+    assert whole.returncode == 0, errors
+    assert "laion/00002.tar is damaged" in errors and "is left out: cannot identify image file" in errors
+    folder = tmp_path / "killed/stage-1-run"
+    killed = start(*arguments, "--out", tmp_path / "killed", processes=2)
+    wait_until_logged(killed, folder, 6)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    resumed = start(*arguments, "--out", tmp_path / "killed", "--resume", processes=2)
+    resumed.communicate(timeout=240)
+    logs = log_of(tmp_path / "whole/stage-1-run"), log_of(folder)
+    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]] and len(logs[0]) == 12
+    assert sum(line["left_out"] for line in logs[0]) >= errors.count("is left out") > 0
+    assert identical(state_of(tmp_path / "whole/stage-1-run"), state_of(folder))
 
 
 def test_an_error_in_a_reader_of_data_is_one_line_as_well(sd15, tmp_path, capsys):
