@@ -51,3 +51,32 @@ def tokenizer(tmp_path_factory):
     import helpers
 
     return helpers.write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "clip")
+
+
+@pytest.fixture(scope="session")
+def inception():
+    """The FID network with random weights; their scale is such that every layer's output varies about as much as its
+    input."""
+    import torch
+    from helpers import randomize
+
+    import fid
+
+    network = randomize(fid.Inception(), 0)
+    generator = torch.Generator().manual_seed(1)
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+        elif name.endswith("running_var"):
+            buffer.copy_(0.2 + 0.6 * torch.rand(buffer.shape, generator=generator))
+    return network
+
+
+@pytest.fixture(scope="session")
+def inception_file(inception, tmp_path_factory):
+    """That network's file as its publisher makes it: a plain state dict."""
+    import torch
+
+    file = tmp_path_factory.mktemp("fid") / "inception.pth"
+    torch.save(inception.state_dict(), file)
+    return file

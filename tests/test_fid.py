@@ -16,7 +16,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from helpers import randomize, refusal
+from helpers import refusal
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -126,25 +126,14 @@ class Reference:
         return x.flatten(2).mean(2)
 
 
-@pytest.fixture(scope="module")
-def network():
-    """With random weights; their scale is such that every layer's output varies about as much as its input."""
-    inception = randomize(fid.Inception(), 0)
-    generator = torch.Generator().manual_seed(1)
-    for name, buffer in inception.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
-        elif name.endswith("running_var"):
-            buffer.copy_(0.2 + 0.6 * torch.rand(buffer.shape, generator=generator))
+@pytest.fixture
+def network(inception):
     return inception
 
 
-@pytest.fixture(scope="module")
-def weights(network, tmp_path_factory):
-    """The network's file as its publisher makes it: a plain state dict."""
-    file = tmp_path_factory.mktemp("fid") / "inception.pth"
-    torch.save(network.state_dict(), file)
-    return file
+@pytest.fixture
+def weights(inception_file):
+    return inception_file
 
 
 @pytest.fixture(scope="module")
