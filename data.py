@@ -354,11 +354,20 @@ class Samples(Dataset):
     """Sample number n of a training run: an item of the source, and the draws that training makes for it.
 
     noise (4, h, w) starts its path; posterior (4, h, w) draws its latent from the VAE's distribution; tau (points,)
-    lie in one window of the path, the first uniform in 1..1000; dropped says that its caption is left out.
+    lie in one window of the path, the first uniform in 1..1000, and each, with the probability `starts`, is moved to
+    the window's start; dropped says that its caption is left out.
     """
 
-    def __init__(self, source: Dataset, seed: int, latent_shape: tuple[int, ...], windows: list[int], points: int):
-        self.source, self.seed, self.shape, self.points = source, seed, latent_shape, points
+    def __init__(
+        self,
+        source: Dataset,
+        seed: int,
+        latent_shape: tuple[int, ...],
+        windows: list[int],
+        points: int,
+        starts: float = 0.0,
+    ):
+        self.source, self.seed, self.shape, self.points, self.starts = source, seed, latent_shape, points, starts
         self.borders = np.array(windows[::-1])
         self.epoch, self.order = None, None
 
@@ -385,6 +394,7 @@ class Samples(Dataset):
             "posterior": torch.from_numpy(rng.standard_normal(self.shape, np.float32)),
             "dropped": bool(rng.random() < 0.1),
         }
+        draws["tau"][torch.from_numpy(rng.random(self.points) < self.starts)] = int(self.borders[k])
         return self.item(n, rng) | draws
 
 

@@ -28,8 +28,8 @@ class Numbers(Dataset):
         return {"picture": n}
 
 
-def samples(source=None, seed=0, windows=8, points=1, shape=(2, 3)):
-    return data.Samples(source or Numbers(), seed, shape, reflow.borders(windows), points)
+def samples(source=None, seed=0, windows=8, points=1, shape=(2, 3), starts=0.0):
+    return data.Samples(source or Numbers(), seed, shape, reflow.borders(windows), points, starts)
 
 
 def equal(a, b):
@@ -146,6 +146,17 @@ def test_further_times_lie_anywhere_in_the_window_of_the_first_but_not_at_its_en
         assert sorted(set(others.flatten().tolist())) == list(range(1, 1001))
     place = (start - seen)[:, 1:] / (start - end)[:, 1:]
     assert abs(place.mean() - 0.5) < 0.02
+
+
+def test_a_share_of_the_times_lies_at_the_start_of_its_window_and_changes_nothing_else():
+    even, some, all_ = ([samples(windows=4, points=5, starts=share)[n] for n in range(200)] for share in (0, 0.3, 1))
+    for a, b, c in zip(even, some, all_):
+        start = -(-int(a["tau"][0]) // 250) * 250
+        assert c["tau"].tolist() == [start] * 5
+        assert all(time in (start, before) for time, before in zip(b["tau"].tolist(), a["tau"].tolist()))
+        assert equal({**a, "tau": 0}, {**b, "tau": 0}) and equal({**a, "tau": 0}, {**c, "tau": 0})
+    moved = np.mean([a["tau"].ne(b["tau"]).float().mean() for a, b in zip(even, some)])
+    assert 0.25 < moved < 0.35
 
 
 def test_a_tenth_of_the_captions_is_dropped():

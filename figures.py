@@ -1,0 +1,314 @@
+"""The paper's figures and tables in miniature: every claim as a command, with what came out in docs/.
+
+    python figures.py score MODEL ... --steps 4 2      tables 1, 2, 4: accuracy, Frechet distance, CLIP score
+    python figures.py errors MODEL ... --teacher DIR   what a stage has learned, window by window
+    python figures.py velocities MODEL ...             figure 1a: how alike velocities of different times are
+    python figures.py noise MODEL                      figure 1b: noise on the direction against noise on the magnitude
+    python figures.py paths MODEL ...                  how straight paths are: on a plane, and as a number
+    python figures.py side MODEL:STEPS ...             figure 5: the same seeds, side by side
+
+MODEL is a model folder: a diffusion model, which is solved by DDIM, or a flow. Needs matplotlib for all but `score` and
+`side`. Read `miniature.py` first: prompts, judge and features are those of `miniature.py --evaluate`.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import fid
+import miniature
+import reflow
+import sample
+import scenes
+import train
+from clip_score import ClipScore
+from loss import decomposed_velocity_loss
+from miniature import TEST, VALIDATION
+from model import InputError, StableDiffusion
+
+FINE = 32  # steps of a path that is looked at closely; of a diffusion model, this many DDIM steps
+SPLITS = {"validation": VALIDATION, "test": TEST}  # settings are chosen on one, reported on the other
+
+
+def label(path: Path) -> str:
+    return path.name
+
+
+# ---- Scores ---------------------------------------------------------------------------------------------------------
+
+
+def score(args: argparse.Namespace) -> None:
+    """A row for every model, number of steps and guidance. With --json, rows are kept there and not made again."""
+    rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    clip, seed = ClipScore.load(args.clip, args.device), SPLITS[args.split]
+    captions = [scenes.sample(seed, i)[1] for i in range(args.pictures)]
+    drawn = None
+    for path, steps, guidance in ((p, s, g) for p in args.models for s in args.steps for g in args.guidance):
+        sd = StableDiffusion.load(path, args.device)
+        weights = sample.fingerprint(sd.unet.conv_in.weight, sd.unet.conv_out.weight)
+        sampler = args.sampler or ("flow" if sd.windows else "ddim")
+        key = {"model": label(path), "weights": weights, "sampler": sampler, "steps": steps, "guidance": guidance}
+        key |= {"split": args.split, "prompts": args.count, "pictures": args.pictures}
+        if steps < (sd.windows or 1) or any(key.items() <= row.items() for row in rows):
+            continue
+        if drawn is None:
+            drawn = statistics(np.stack([scenes.sample(seed, i)[0] for i in range(args.pictures)]), clip)
+        right = [miniature.accuracy(sd, steps, guidance, seed, n, args.count, sampler) for n in (1, 2)]
+        made = np.stack(list(miniature.pictures_of(sd, captions, steps, guidance, seed, sampler)))
+        fit = [clip.score(made[i : i + 100], captions[i : i + 100], "logits") for i in range(0, len(made), 100)]
+        row = key | {
+            "evaluations": steps * (1 if guidance == 1 else 2),
+            "one item": right[0],
+            "two items": right[1],
+            "frechet": round(fid.frechet_distance(*statistics(made, clip), *drawn), 3),
+            "clip": round(torch.cat(fit).mean().item(), 3),
+        }
+        rows.append(row)
+        print(
+            f"{row['model']} ({sampler}), {steps} steps, guidance {guidance:g}: one item {right[0]:.1%}, two "
+            f"{right[1]:.1%} of {args.count}; Frechet {row['frechet']:.2f}, CLIP {row['clip']:.2f} of {args.pictures}",
+            flush=True,
+        )
+        if args.json:
+            aside = args.json.with_suffix(".partial")
+            aside.write_text("[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
+            os.replace(aside, args.json)
+
+
+def statistics(pictures: np.ndarray, clip: ClipScore) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of features in the miniature's own CLIP."""
+    return miniature.statistics(iter(pictures), clip)
+
+
+@torch.no_grad()
+def errors(args: argparse.Namespace) -> None:
+    """How far a stage's velocities are off, window by window from noise to picture: at the starts of windows, where
+    sampling in few steps asks, and at even times, where the paper trains. First, the teacher's weights as they are."""
+    teacher = StableDiffusion.load(args.teacher, args.device)
+    students = [StableDiffusion.load(path, args.device) for path in args.models]
+    windows = students[0].windows
+    steps = train.solver_steps(teacher, windows, None)
+    samples = data.Samples(data.Scenes(VALIDATION), 0, (4, 8, 8), reflow.borders(windows), points=1)
+    items = torch.utils.data.default_collate([samples[i] | {"dropped": False} for i in range(args.count)])
+    batch = train.prepare(teacher, items, torch.device(args.device))
+    solve = train.teacher_solver(teacher, batch)
+    for where in "start", "even":
+        table = {name: [] for name in ["untrained", *map(label, args.models)]}
+        for start, end in zip(reflow.borders(windows), reflow.borders(windows)[1:]):
+            tau = (
+                end + 1 + (items["tau"][:, 0] - 1) * (start - end) // reflow.NOISE
+            )  # its place in 1..1000, in this window
+            tau = torch.full_like(tau, start) if where == "start" else tau
+            path = reflow.solve_window(solve, batch["z_0"], batch["noise"], tau, windows, steps, teacher.alphas_cumprod)
+            z, v = reflow.straight_line(*path, tau)
+            for name, sd in zip(table, [teacher, *students]):
+                table[name].append(
+                    decomposed_velocity_loss(train.velocity_of(teacher, sd.unet, batch, windows)(z, tau), v, 0)[1]
+                )
+        for name, parts in table.items():
+            for part in "mse", "cos":
+                told = " ".join(f"{window[part]:.4f}" for window in parts)
+                print(f"{where:>5}, {name}: {'1 - cos' if part == 'cos' else 'mse'} {told}", flush=True)
+
+
+# ---- Paths and velocities -------------------------------------------------------------------------------------------
+
+
+def velocity_of(sd: StableDiffusion, prompts: list[str], guidance: float) -> reflow.Network:
+    """The field (z, tau) -> v that sampling follows. A diffusion model is taken as a flow of FINE windows, whose Euler
+    steps are DDIM's."""
+    size = sample.check_size(sd, None)
+    epsilon = sample.guided_epsilon(sd, prompts, guidance, "", size, size)
+    return reflow.as_velocity(
+        epsilon, sd.alphas_cumprod, sd.windows or FINE, sd.prediction_type if sd.windows else "ddim_eps"
+    )
+
+
+@torch.no_grad()
+def path_of(sd: StableDiffusion, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Sampling paths in FINE steps: times (FINE + 1,), from 1 to 0, and latents (FINE + 1, B, D)."""
+    prompts = [scenes.prompt(TEST, i) for i in range(args.count)]
+    size = sample.check_size(sd, None) // sd.downscale
+    z = sample.draw_noise(TEST, list(range(args.count)), (sd.unet.cfg.in_channels, size, size)).to(sd.device)
+    velocity, grid = velocity_of(sd, prompts, args.guidance[0]), torch.tensor(reflow.borders(FINE))
+    path = [z]
+    for step in zip(grid, grid[1:]):
+        path.append(reflow.euler(velocity, path[-1], torch.stack(step)))
+    return grid / reflow.NOISE, torch.stack(path).flatten(2).cpu()
+
+
+def velocities(args: argparse.Namespace) -> None:
+    """Figure 1a. Entry (i, j): mean over paths of |v_i - v_j|, relative to the mean |v|, and of cos(v_i, v_j)."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(args.models), figsize=(2.6 * len(args.models), 4.6), squeeze=False)
+    for column, path in enumerate(args.models):
+        t, z = path_of(StableDiffusion.load(path, args.device), args)
+        v = ((z[1:] - z[:-1]) / (t[1:] - t[:-1]).view(-1, 1, 1)).transpose(0, 1)  # (B, FINE, D)
+        length = v.norm(dim=2)
+        distance = (torch.cdist(v, v) / length.mean()).mean(0)
+        cosine = ((v @ v.transpose(1, 2)) / (length[:, :, None] * length[:, None])).mean(0)
+        shown = ((distance, 0, 1.5, "distance"), (cosine, 0, 1, "cosine"))
+        for axis, (matrix, low, high, name) in zip(axes[:, column], shown):
+            picture = axis.imshow(matrix.numpy(), vmin=low, vmax=high, extent=(1, 0, 0, 1), cmap="viridis")
+            axis.set_title(f"{label(path)}: {name}", fontsize=8)
+            axis.tick_params(labelsize=6)
+            figure.colorbar(picture, ax=axis, fraction=0.045).ax.tick_params(labelsize=6)
+        apart = [FINE // 8, FINE // 2]
+        told = [f"{cosine.diagonal(k).mean():.3f} for times {k / FINE:g} apart" for k in apart]
+        print(f"{label(path)}: cosine {', '.join(told)}; distance {distance.diagonal(apart[1]).mean():.3f} at {0.5:g}")
+    save(figure, args.out / "velocities.png")
+
+
+def paths(args: argparse.Namespace) -> None:
+    """Paths on the plane of their chord and their largest deviation, and how far from the chord they are."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(args.models), figsize=(2.6 * len(args.models), 2.4), squeeze=False, sharey=True)
+    for axis, path in zip(axes[0], args.models):
+        t, z = path_of(StableDiffusion.load(path, args.device), args)
+        whole = deviation(t, z).mean()
+        parts = torch.stack([deviation(t[i : i + 5], z[i : i + 5]) for i in range(0, FINE, 4)]).mean()
+        print(f"{label(path)}: mean distance from the chord, in its lengths: {whole:.4f}; within eighths {parts:.4f}")
+        for one in z[:, :6].unbind(1):
+            chord = one[-1] - one[0]
+            along = (one - one[0]) @ chord / chord.square().sum()
+            off = one - one[0] - along[:, None] * chord
+            aside = off @ torch.linalg.svd(off, full_matrices=False)[2][0] / chord.norm()
+            axis.plot(along.numpy(), (aside * aside.sum().sign()).numpy(), linewidth=0.8)
+        axis.set_title(f"{label(path)}: {whole:.3f}", fontsize=8)
+        axis.tick_params(labelsize=6)
+    save(figure, args.out / "paths.png")
+
+
+def deviation(t: Tensor, z: Tensor) -> Tensor:
+    """How far paths z (N, B, D) are from the straight line between their ends at the same time, mean over times, as a
+    share of that line's length: (B,)."""
+    r = ((t - t[0]) / (t[-1] - t[0])).view(-1, 1, 1)
+    line = z[0] + r * (z[-1] - z[0])
+    return (z - line).norm(dim=2).mean(0) / (z[-1] - z[0]).norm(dim=1)
+
+
+def perturbed(velocity: reflow.Network, size: float, kind: str, generator: torch.Generator) -> reflow.Network:
+    """The same field with noise of length size |v| on every velocity, on one of its two parts only:
+
+    direction    v turned by the angle 2 asin(size / 2) towards a random direction; |v| stays
+    magnitude    (1 + size) v or (1 - size) v, by chance; the direction stays
+    """
+
+    def noisy(z: Tensor, tau: Tensor) -> Tensor:
+        v = velocity(z, tau)
+        flat = v.flatten(1)
+        if kind == "magnitude":
+            sign = torch.randint(0, 2, (len(flat), 1), generator=generator) * 2 - 1
+            return (flat * (1 + size * sign.to(flat))).view_as(v)
+        other = torch.randn(flat.shape, generator=generator).to(flat)
+        other -= flat * (other * flat).sum(1, keepdim=True) / flat.square().sum(1, keepdim=True)
+        other *= flat.norm(dim=1, keepdim=True) / other.norm(dim=1, keepdim=True)
+        angle = 2 * np.arcsin(size / 2)
+        return (np.cos(angle) * flat + np.sin(angle) * other).view_as(v)
+
+    return noisy
+
+
+@torch.no_grad()
+def noise(args: argparse.Namespace) -> None:
+    """Figure 1b: the score when every velocity is off by the same length, in direction only or in magnitude only."""
+    import matplotlib.pyplot as plt
+
+    sd, clip = StableDiffusion.load(args.models[0], args.device), ClipScore.load(args.clip, args.device)
+    drawn = statistics(np.stack([scenes.sample(TEST, i)[0] for i in range(args.pictures)]), clip)
+    captions = [scenes.sample(TEST, i)[1] for i in range(args.pictures)]
+    grid = (
+        torch.tensor(reflow.borders(FINE))
+        if sd.windows is None
+        else reflow.sampling_grid(max(8, sd.windows), sd.windows)
+    )
+    curves = {"direction": [], "magnitude": []}
+    for kind, curve in curves.items():
+        for size in args.sizes:
+            generator = torch.Generator().manual_seed(0)
+            made = []
+            for first in tqdm(range(0, len(captions), 100), desc=f"{kind}, {size:g}", leave=False):
+                few = captions[first : first + 100]
+                z = sample.draw_noise(TEST, list(range(first, first + len(few))), (4, 8, 8)).to(sd.device)
+                field = perturbed(velocity_of(sd, few, args.guidance[0]), size, kind, generator)
+                made.append(
+                    ((sd.decode(reflow.euler(field, z, grid)) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
+                )
+            curve.append(fid.frechet_distance(*statistics(torch.cat(made).numpy(), clip), *drawn))
+            print(f"noise of {size:g} |v| on the {kind}: Frechet distance {curve[-1]:.2f}", flush=True)
+    figure, axis = plt.subplots(figsize=(4, 3))
+    for kind, curve in curves.items():
+        axis.plot(args.sizes, curve, marker="o", label=f"noise on the {kind}")
+    axis.set_xlabel("noise / |v|")
+    axis.set_ylabel("Frechet distance")
+    axis.legend()
+    save(figure, args.out / "noise.png")
+
+
+def save(figure, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    print(f"wrote {file}")
+
+
+# ---- Side by side ---------------------------------------------------------------------------------------------------
+
+
+def side(args: argparse.Namespace) -> None:
+    """Figure 5: a row for each MODEL:STEPS, a column for each prompt; the same noise in every row."""
+    prompts = sample.read_prompts(args.prompts)[:8]
+    pictures, names = [], []
+    for spec in args.models:
+        path, _, steps = str(spec).rpartition(":")
+        if not steps.isdigit():
+            raise InputError(f"{spec}: name a model folder and its steps, as in weights/miniature:32")
+        sd = StableDiffusion.load(Path(path), args.device)
+        made = sample.generate(sd, prompts, int(steps), args.guidance[0], seed=0)
+        pictures += list(made)
+        names += [f"{label(Path(path))}, {steps} steps"] + [""] * (len(prompts) - 1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    sample.contact_sheet(pictures, names, len(prompts)).save(args.out / "side.png")
+    print(f"wrote {args.out / 'side.png'}")
+
+
+COMMANDS = {"score": score, "errors": errors, "velocities": velocities, "noise": noise, "paths": paths, "side": side}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=COMMANDS)
+    parser.add_argument("models", type=Path, nargs="+", help="model folders; for `side` with :STEPS after each")
+    parser.add_argument("--steps", type=int, nargs="+", default=[4], help="of `score`")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="`score` takes several")
+    parser.add_argument("--sampler", choices=sample.SAMPLERS, help="of `score`; default: flow or ddim")
+    parser.add_argument("--split", choices=SPLITS, default="validation", help="captions and seeds that `score` uses")
+    parser.add_argument("--teacher", type=Path, default=sample.MINIATURE, help="of `errors`")
+    parser.add_argument("--count", type=int, default=200, help="prompts of each kind, and paths")
+    parser.add_argument("--pictures", type=int, default=1000, help="of a Frechet distance")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[0, 0.05, 0.1, 0.2, 0.3], help="of `noise`, in |v|")
+    parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "docs/demo_prompts.txt")
+    parser.add_argument("--clip", type=Path, default=Path(__file__).parent / "weights/miniature-clip")
+    parser.add_argument("--out", type=Path, default=Path("out/figures"), help="folder for pictures")
+    parser.add_argument("--json", type=Path, help="where `score` keeps its rows")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    try:
+        COMMANDS[args.what](args)
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped\n")
+
+
+if __name__ == "__main__":
+    main()

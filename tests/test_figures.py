@@ -1,0 +1,108 @@
+"""The experiments' tools: what they measure is what they say they measure."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import figures
+import miniature
+import reflow
+import sample
+import scenes
+import train
+from model import StableDiffusion
+
+MODEL = sample.MINIATURE
+
+
+def run(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["figures.py", *map(str, arguments)])
+        try:
+            figures.main()
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+def test_a_straight_path_walked_evenly_deviates_by_nothing_and_a_bent_one_by_what_it_is_bent():
+    t = torch.tensor([1.0, 0.75, 0.5, 0.0])
+    start, end = torch.randn(2, 3, 5).unbind(0)
+    line = torch.stack([start + (1 - at) * (end - start) for at in t])
+    assert figures.deviation(t, line).abs().max() < 1e-6
+    bent = line.clone()
+    bent[2] += 0.4 * (end - start).norm(dim=1, keepdim=True) * torch.eye(3, 5)
+    torch.testing.assert_close(figures.deviation(t, bent), torch.full((3,), 0.1))  # 0.4 at one of four times
+
+
+@pytest.mark.parametrize("size", [0.0, 0.1, 0.5])
+def test_both_kinds_of_noise_are_equally_long_and_each_leaves_the_other_part_alone(size):
+    v = torch.randn(50, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    length = v.flatten(1).norm(dim=1)
+
+    def noisy(kind):
+        field = figures.perturbed(lambda z, tau: z, size, kind, torch.Generator().manual_seed(0))
+        return field(v, torch.zeros(50))
+
+    for kind in "direction", "magnitude":
+        off = (noisy(kind) - v).flatten(1).norm(dim=1)
+        torch.testing.assert_close(off, size * length, rtol=1e-4, atol=1e-4)
+    turned, longer = noisy("direction").flatten(1), noisy("magnitude").flatten(1)
+    torch.testing.assert_close(turned.norm(dim=1), length)
+    cosine = torch.cosine_similarity(longer, v.flatten(1))
+    torch.testing.assert_close(cosine, torch.ones(50))
+    assert size == 0 or 10 < (longer.norm(dim=1) > length).sum() < 40
+
+
+def test_a_diffusion_models_path_is_the_one_of_ddim():
+    sd = StableDiffusion.load(MODEL)
+    velocity = figures.velocity_of(sd, ["a red circle"], 3.0)
+    z = sample.draw_noise(0, [0], (4, 8, 8))
+    grid = torch.tensor(reflow.borders(figures.FINE))
+    with torch.no_grad():
+        ours = sd.decode(reflow.euler(velocity, z, grid))
+    theirs = sample.generate(sd, ["a red circle"], figures.FINE, 3.0, seed=0)
+    assert np.abs(((ours + 1) * 127.5).permute(0, 2, 3, 1).numpy() - theirs).max() <= 1
+
+
+def test_scores_are_rows_that_say_all_and_are_not_made_twice(tmp_path, monkeypatch, capsys):
+    arguments = ["score", MODEL, "--guidance", 1, 2, "--count", 2, "--pictures", 4, "--json", tmp_path / "rows.json"]
+    assert run(*arguments, "--steps", 2) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["guidance"], row["evaluations"]) for row in rows] == [(1.0, 2), (2.0, 4)]
+    assert {row["split"] for row in rows} == {"validation"} and {row["sampler"] for row in rows} == {"ddim"}
+    seeds = set()
+    prompt = scenes.prompt
+    monkeypatch.setattr(scenes, "prompt", lambda seed, *rest: seeds.add(seed) or prompt(seed, *rest))
+    assert run(*arguments, "--steps", 2) == 0 and not seeds
+    assert run(*arguments, "--steps", 1, "--split", "test") == 0 and seeds == {miniature.TEST}
+    again = json.loads((tmp_path / "rows.json").read_text())
+    assert again[:2] == rows and len(again) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_side_by_side_needs_steps_and_draws_a_row_for_each(tmp_path, capsys):
+    assert run("side", MODEL, "--out", tmp_path) == 2
+    assert "name a model folder and its steps" in capsys.readouterr().err
+    assert run("side", f"{MODEL}:1", f"{MODEL}:2", "--out", tmp_path) == 0
+    assert (tmp_path / "side.png").exists()
+
+
+def test_pictures_of_paths_and_velocities_are_written_with_their_numbers(tmp_path, capsys):
+    for what in "paths", "velocities":
+        assert run(what, MODEL, "--count", 6, "--out", tmp_path) == 0
+        assert (tmp_path / f"{what}.png").exists()
+    out = capsys.readouterr().out
+    assert "mean distance from the chord" in out and "cosine 0.9" in out  # neighbors are alike
+
+
+def test_a_student_that_learned_nothing_has_the_errors_of_its_teachers_weights(tmp_path, capsys):
+    teacher = StableDiffusion.load(MODEL)
+    train.save_flow(teacher.unet, train.flow_scheduler(teacher, 8), MODEL, tmp_path / "same", torch.float32)
+    assert run("errors", tmp_path / "same", "--count", 3) == 0
+    lines = dict(line.strip().split(": ") for line in capsys.readouterr().out.splitlines())
+    assert len(lines) == 4 and lines["start, untrained"] == lines["start, same"] != lines["even, same"]
+    assert len(lines["even, untrained"].removeprefix("1 - cos").split()) == 8
