@@ -29,7 +29,7 @@ from unet import ResnetBlock, UNet
 from vae import VAE
 
 ROOT = Path(train.__file__).parent
-SHORT = ["--device", "cpu", "--batch-size", 2, "--warmup", 1, "--log-every", 1, "--sample-every", 0]
+SHORT = ["--device", "cpu", "--batch-size", 2, "--points", 1, "--warmup", 1, "--log-every", 1, "--sample-every", 0]
 
 
 def command(*arguments, processes=1):
@@ -612,6 +612,7 @@ REFUSED = [
     (["--stage", 1, "--model", "nowhere"], "the model nowhere does not exist; check the path"),
     (["--stage", 1, "--student", "nowhere"], "the model nowhere does not exist; check the path"),
     (["--stage", 2], "stage-1 does not exist; train stage 1 first, or name a --teacher"),
+    (["--stage", 1, "--starts", 1.5], "--starts is a share, from 0 to 1, not 1.5"),
     (["--stage", 1, "--batch-size", 0], "--batch-size must be at least 1, not 0"),
     (["--stage", 1, "--points", 0], "--points must be at least 1, not 0"),
     (["--stage", 1, "--solver-steps", -1], "--solver-steps"),
@@ -619,7 +620,7 @@ REFUSED = [
     (["--stage", 1, "--seed", -1], "seed must be from 0"),
     (["--stage", 1, "--size", 100], "size 100 does not fit"),
     (["--stage", 1, "--size", 32], "size 32"),
-    (["--stage", 1, "--data", "nowhere"], "--data nowhere is no folder; check the path"),
+    (["--stage", 1, "--data", "nowhere"], "nowhere does not exist; check the path"),
     (["--stage", 1, "--sample-every", 1, "--sample-prompts", "nowhere"], "cannot read the prompts in nowhere"),
 ]
 
