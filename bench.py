@@ -2,25 +2,41 @@
 
     python bench.py load        load SD1.5 from a folder: seconds and peak memory, ours and diffusers'
     python bench.py data        pictures per second that one and two reader processes deliver, for each kind of data
+    python bench.py networks    UNet and VAE at official sizes, ours and diffusers'
+    python bench.py pipeline    text to picture at SD1.5's size, ours and diffusers'
+    python bench.py start       process start to first picture on the miniature, ours and a diffusers script
+    python bench.py frechet     Frechet distance, ours and scipy.linalg.sqrtm's
+    python bench.py step        a training iteration of a merging stage, and of PeRFlow's recipe
 
 Needs requirements-dev.txt for the peers. Weights are random; only shapes and dtypes matter here.
 """
 
 import argparse
+import importlib.metadata
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+import checkpoint
 import convert
 import data
+import fid
+import reflow
+import sample
+import train
+from model import StableDiffusion
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
 
 # Each side runs in a process of its own, prints seconds to load, seconds until every weight was read once, peak bytes.
 LOAD = {
@@ -62,15 +78,12 @@ def make_sd15(folder: Path, dtype: str) -> None:
 
     from clip_text import BEGIN, END
 
-    def plain(name: str) -> dict:
-        return {key: value for key, value in convert.SD15[name].items() if not key.startswith("_")}
-
     to = getattr(torch, dtype)
-    diffusers.UNet2DConditionModel(**plain("unet")).to(to).save_pretrained(folder / "unet")
-    diffusers.AutoencoderKL(**plain("vae")).to(to).save_pretrained(folder / "vae")
-    text = transformers.CLIPTextConfig(**plain("text_encoder"))
+    diffusers.UNet2DConditionModel(**plain(convert.SD15["unet"])).to(to).save_pretrained(folder / "unet")
+    diffusers.AutoencoderKL(**plain(convert.SD15["vae"])).to(to).save_pretrained(folder / "vae")
+    text = transformers.CLIPTextConfig(**plain(convert.SD15["text_encoder"]))
     transformers.CLIPTextModel(text).to(to).save_pretrained(folder / "text_encoder")
-    diffusers.DDIMScheduler(**plain("scheduler")).save_pretrained(folder / "scheduler")
+    diffusers.DDIMScheduler(**plain(convert.SD15["scheduler"])).save_pretrained(folder / "scheduler")
     words = [*sorted(ByteLevel.alphabet()), *(f"word{i}" for i in range(49408 - 256 - 2)), BEGIN, END]
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer/vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
@@ -156,20 +169,195 @@ def bench_data(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-BENCHES = {"load": bench_load, "data": bench_data}
+def compare(what: str, sides: dict[str, Callable[[], object]], runs: int, device: str) -> dict:
+    """Seconds and, on a GPU, peak memory of ours and of a peer: once each to warm up, then in turns, so that both meet
+    the same machine. The ratio is of the medians; the spread, the ratios of single runs."""
+    cuda = device.startswith("cuda")
+    seconds, peaks = {side: [] for side in sides}, {}
+    for run in range(runs + 1):
+        for side, call in sides.items():
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            call()
+            if cuda:
+                torch.cuda.synchronize()
+                peaks[side] = torch.cuda.max_memory_allocated()
+            if run:
+                seconds[side].append(time.perf_counter() - start)
+    ours, peer = (statistics.median(times) for times in seconds.values())
+    single = sorted(a / b for a, b in zip(*seconds.values()))
+    row = {"what": what, "peer": list(sides)[1], "ours": ours, "theirs": peer, "ratio": ours / peer}
+    row |= {"spread": [single[0], single[-1]], "runs": runs, "device": device, "threads": torch.get_num_threads()}
+    row |= {"peak bytes": peaks} if cuda else {}
+    print(
+        f"{what}: ours {ours:.3f} s, {row['peer']} {peer:.3f} s, ratio {ours / peer:.2f} "
+        f"({single[0]:.2f} to {single[-1]:.2f})"
+        + "".join(f", {side} {n / 2**30:.2f} GiB" for side, n in peaks.items()),
+        flush=True,
+    )
+    return row
+
+
+def plain(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if not name.startswith("_")}
+
+
+def bench_networks(args: argparse.Namespace) -> list[dict]:
+    """UNet and VAE at SD1.5's and, on a GPU, SDXL's size, both sides with the very same random weights."""
+    if args.device.startswith("cuda"):
+        rows = [row for name in ("SD1.5", "SDXL") for row in compare_unets(name, torch.bfloat16, args)]
+        return rows + [compare_decoders(name, args) for name in ("SD1.5", "SDXL")]
+    rows = [row for dtype in (torch.float32, torch.bfloat16) for row in compare_unets("SD1.5", dtype, args)]
+    return rows + [compare_decoders("SD1.5", args)]
+
+
+FAMILIES = {"SD1.5": (convert.SD15, 64), "SDXL": (convert.SDXL, 128)}  # configurations, and the size of latents
+
+
+@torch.inference_mode()
+def compare_unets(name: str, dtype: torch.dtype, args: argparse.Namespace) -> list[dict]:
+    import diffusers
+
+    family, size = FAMILIES[name]
+    cfg = checkpoint.read_config(UNetConfig, family["unet"], "unet")
+    with torch.device(args.device):
+        theirs = diffusers.UNet2DConditionModel(**plain(family["unet"])).to(dtype).eval()
+        x, text = torch.randn(2, 4, size, size, dtype=dtype), torch.randn(2, 77, cfg.cross_attention_dim, dtype=dtype)
+        t, pooled, sizes = torch.tensor([999, 17]), torch.randn(2, 1280, dtype=dtype), torch.zeros(2, 6)
+    ours = checkpoint.build(UNet, cfg)
+    ours.load_state_dict(theirs.state_dict(), assign=True)
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    sides = {
+        "ours": lambda: ours(x, t, text, pooled, sizes),
+        "diffusers": lambda: theirs(x, t, text, added_cond_kwargs=added).sample,
+    }
+    what = f"UNet {name}, {str(dtype).removeprefix('torch.')}, batch 2"
+    rows = [compare(what, sides, args.runs, args.device)]
+    if args.compile:
+        ours.compile(fullgraph=True)
+        theirs.compile(fullgraph=True)
+        rows.append(compare(f"{what}, compiled", sides, args.runs, args.device))
+    return rows
+
+
+@torch.inference_mode()
+def compare_decoders(name: str, args: argparse.Namespace) -> dict:
+    import diffusers
+
+    family, size = FAMILIES[name]
+    with torch.device(args.device):
+        theirs = diffusers.AutoencoderKL(**plain(family["vae"])).eval()
+        z = torch.randn(1, 4, size, size)
+    ours = checkpoint.build(VAE, checkpoint.read_config(VAEConfig, family["vae"], "vae"))
+    ours.load_state_dict(theirs.state_dict(), assign=True)
+    sides = {"ours": lambda: ours.decode(z), "diffusers": lambda: theirs.decode(z).sample}
+    return compare(f"VAE decode {name}, float32, {8 * size} pixels", sides, args.runs, args.device)
+
+
+def bench_pipeline(args: argparse.Namespace) -> list[dict]:
+    """Text to picture in four DDIM steps with guidance, at SD1.5's size; loading is not counted."""
+    import diffusers
+
+    folder = args.work / "sd15-float32"
+    if not (folder / "model_index.json").exists():
+        make_sd15(folder, "float32")
+    dtype = torch.float16 if args.device.startswith("cuda") else torch.float32
+    diffusers.utils.logging.disable_progress_bar()
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(args.device)
+    theirs.set_progress_bar_config(disable=True)
+    ours = StableDiffusion.load(folder, args.device, dtype)
+    sides = {
+        "ours": lambda: sample.generate(ours, ["word1 word2"], 4, 4.0),
+        "diffusers": lambda: theirs("word1 word2", num_inference_steps=4, guidance_scale=4.0, output_type="np"),
+    }
+    return [compare("text to picture, SD1.5, 4 steps", sides, args.runs, args.device)]
+
+
+DIFFUSERS_SCRIPT = """
+import diffusers, torch
+diffusers.utils.logging.disable_progress_bar()
+pipeline = diffusers.StableDiffusionPipeline.from_pretrained({folder!r}, torch_dtype=torch.float32)
+pipeline("a red circle", num_inference_steps=4, guidance_scale=4.0).images[0].save({out!r})
+"""
+
+
+def bench_start(args: argparse.Namespace) -> list[dict]:
+    """From the start of Python to the first picture in a file, on the miniature."""
+    out = args.work / "start"
+    theirs = DIFFUSERS_SCRIPT.format(folder=str(sample.MINIATURE), out=str(args.work / "start.png"))
+    ours = ["sample.py", "--prompt", "a red circle", "--model", sample.MINIATURE, "--out", out, "--device", args.device]
+
+    def call(*arguments: object) -> None:
+        shutil.rmtree(out, ignore_errors=True)  # else there would be nothing to do
+        subprocess.run([sys.executable, *map(str, arguments)], check=True, capture_output=True)
+
+    sides = {"ours": lambda: call(*ours), "diffusers": lambda: call("-c", theirs)}
+    return [compare("process start to first picture, miniature", sides, args.runs, "cpu")]
+
+
+def bench_frechet(args: argparse.Namespace) -> list[dict]:
+    """The Frechet distance at Inception's 2048 dimensions: ours, and by the matrix root that the formula names."""
+    from scipy.linalg import sqrtm
+
+    rng = np.random.default_rng(0)
+    one, two = ((x.mean(0), np.cov(x, rowvar=False)) for x in rng.standard_normal((2, 6000, 2048)) * rng.random(2048))
+
+    def by_root() -> float:
+        product = sqrtm(one[1] @ two[1])
+        return np.sum((one[0] - two[0]) ** 2) + np.trace(one[1] + two[1] - 2 * product.real)
+
+    sides = {"ours": lambda: fid.frechet_distance(*one, *two), "scipy.linalg.sqrtm": by_root}
+    return [compare("Frechet distance, 2048 dimensions, 6,000 samples", sides, args.runs, "cpu")]
+
+
+def bench_step(args: argparse.Namespace) -> list[dict]:
+    """An iteration of a merging stage (two teacher steps) against PeRFlow's (eight), batch and networks equal."""
+    windows, batch = 4, 64
+    base, flow = (StableDiffusion.load(sample.MINIATURE, args.device) for _ in range(2))
+    flow.configs = flow.configs | {"scheduler": train.flow_scheduler(flow, 8)}
+    student = StableDiffusion.load(sample.MINIATURE, args.device).unet.requires_grad_(True)
+    samples = data.Samples(data.Scenes(0), 0, (4, 8, 8), reflow.borders(windows), points=1)
+    items = torch.utils.data.default_collate([samples[i] for i in range(batch)])
+    prepared = train.prepare(base, items, torch.device(args.device))
+
+    def step(teacher: StableDiffusion) -> None:
+        steps = train.solver_steps(teacher, windows, None)
+        train.loss_of(student, teacher, prepared, windows, steps, 0.1)[0].backward()
+        student.zero_grad()
+
+    sides = {"ours": lambda: step(flow), "PeRFlow's recipe": lambda: step(base)}
+    return [compare("training iteration to 4 windows, miniature, batch 64", sides, args.runs, args.device)]
+
+
+BENCHES = {"load": bench_load, "data": bench_data, "networks": bench_networks, "pipeline": bench_pipeline}
+BENCHES |= {"start": bench_start, "frechet": bench_frechet, "step": bench_step}
+
+
+def about() -> dict:
+    """What the figures depend on besides the code."""
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "scipy")}
+    return {"date": time.strftime("%Y-%m-%d"), "cpu": f"{len(names)} x {names[0]}", "gpu": gpu, "versions": versions}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=BENCHES)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="`networks`: also with torch.compile on both sides")
     parser.add_argument("--work", type=Path, default=Path("out/bench"), help="where random models are kept (6 GB)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     rows = BENCHES[args.what](args)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        args.json.write_text(json.dumps(about() | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
