@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 
-.PHONY: demo test lint parity miniature train clean
+.PHONY: demo test lint parity bench walkthrough miniature train clean
 
 demo: .venv/ready  ## pictures from prompts, in out/demo/sheet.png
 	$(BIN)/python sample.py --prompts docs/demo_prompts.txt --steps 32 --out out/demo
@@ -19,6 +19,14 @@ parity: .venv/ready-dev  ## compare every network with diffusers and transformer
 
 miniature: .venv/ready  ## train the miniature again, from nothing
 	$(BIN)/python miniature.py
+
+bench: .venv/ready-dev  ## speed against diffusers, transformers, scipy; then the README's table anew
+	for what in networks pipeline start frechet step; do \
+	  $(BIN)/python bench.py $$what --json docs/results/bench-$$what.json || exit; done
+	$(BIN)/python bench.py table
+
+walkthrough: .venv/ready  ## run docs/walkthrough.md again
+	$(BIN)/python docs/walkthrough.py
 
 train: .venv/ready  ## all stages of ProReflow on the miniature, into out/train; may be interrupted and repeated
 	$(BIN)/python data.py cache --out out/latents

@@ -7,6 +7,7 @@
     python bench.py start       process start to first picture on the miniature, ours and a diffusers script
     python bench.py frechet     Frechet distance, ours and scipy.linalg.sqrtm's
     python bench.py step        a training iteration of a merging stage, and of PeRFlow's recipe
+    python bench.py table       what was measured, into the README
 
 Needs requirements-dev.txt for the peers. Weights are random; only shapes and dtypes matter here.
 """
@@ -331,7 +332,43 @@ def bench_step(args: argparse.Namespace) -> list[dict]:
     return [compare("training iteration to 4 windows, miniature, batch 64", sides, args.runs, args.device)]
 
 
-BENCHES = {"load": bench_load, "data": bench_data, "networks": bench_networks, "pipeline": bench_pipeline}
+RESULTS = Path(__file__).parent / "docs/results"
+MARKS = "<!-- speed: python bench.py table -->\n", "<!-- end of speed -->"
+
+
+def table() -> str:
+    """What was measured last, docs/results/bench-*.json, as the README shows it."""
+    lines = ["| what | peer | ours | peer's | ratio (single runs) |", "|---|---|---|---|---|"]
+    made = set()
+    for file in sorted(RESULTS.glob("bench-*.json")):
+        content = json.loads(file.read_text())
+        versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+        made.add(f"{content['gpu'] or content['cpu']}, {content['date']}, {versions}")
+        for row in content["rows"]:
+            low, high = row["spread"]
+            lines.append(
+                f"| {row['what']} | {row['peer']} | {row['ours']:.3g} s | {row['theirs']:.3g} s "
+                f"| {row['ratio']:.2f} ({low:.2f} to {high:.2f}) |"
+            )
+    return "\n".join([*lines, "", *sorted(made), ""])
+
+
+def write_table(args: argparse.Namespace) -> list:
+    readme = RESULTS.parent.parent / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(MARKS[0])
+    aside = readme.with_suffix(".partial")
+    aside.write_text(before + MARKS[0] + table() + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
+    aside.replace(readme)
+    return []
+
+
+BENCHES = {
+    "table": write_table,
+    "load": bench_load,
+    "data": bench_data,
+    "networks": bench_networks,
+    "pipeline": bench_pipeline,
+}
 BENCHES |= {"start": bench_start, "frechet": bench_frechet, "step": bench_step}
 
 
