@@ -1,10 +1,10 @@
 """The trainer: one stage of ProReflow turns a diffusion model, or the flow of the stage before, into a flow.
 
-    torchrun train.py --stage 1                          8 windows, from the miniature's diffusion model
-    torchrun train.py --stage 2                          4 windows, from stage 1: ProReflow-I
-    torchrun train.py --stage 3                          2 windows, from stage 2: ProReflow-II
-    torchrun train.py --stage 4                          1 window: one step, which the paper left open
-    torchrun train.py --stage 2 --teacher BASE --alpha 0 4 windows straight from a diffusion model: PeRFlow
+    torchrun train.py --stage 1                            8 windows, from the miniature's diffusion model
+    torchrun train.py --stage 2                            4 windows, from stage 1: ProReflow-I
+    torchrun train.py --stage 3                            2 windows, from stage 2: ProReflow-II
+    torchrun train.py --stage 4                            1 window: one step, which the paper left open
+    torchrun train.py --stage 2 --teacher BASE --alpha 0   4 windows straight from a diffusion model: PeRFlow
 
 A step: draw latents, noise and times (`data.py`); let the teacher solve each sample's window; show the student a point
 of the straight line between the window's ends (`reflow.py`); punish what its velocity there is off (`loss.py`). The
