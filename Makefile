@@ -5,7 +5,7 @@ BIN = .venv/bin
 .PHONY: demo test lint parity bench walkthrough miniature train clean
 
 demo: .venv/ready  ## pictures from prompts, in out/demo/sheet.png
-	$(BIN)/python sample.py --prompts docs/demo_prompts.txt --steps 32 --out out/demo
+	$(BIN)/python sample.py --prompts docs/demo_prompts.txt --steps 4 --out out/demo
 
 test: .venv/ready-dev lint  ## all tests
 	$(BIN)/python -m pytest -q

@@ -1,6 +1,7 @@
 """The paper's figures and tables in miniature: every claim as a command, with what came out in docs/.
 
     python figures.py score MODEL ... --steps 4 2      tables 1, 2, 4: accuracy, Frechet distance, CLIP score
+    python figures.py table                            what `score` measured on the test split, into the README
     python figures.py errors MODEL ... --teacher DIR   what a stage has learned, window by window
     python figures.py velocities MODEL ...             figure 1a: how alike velocities of different times are
     python figures.py noise MODEL                      figure 1b: noise on the direction against noise on the magnitude
@@ -45,8 +46,7 @@ def label(path: Path) -> str:
 
 
 def score(args: argparse.Namespace) -> None:
-    """A row for every model, number of steps and guidance. With --json, rows are kept there and not made again."""
-    rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    """A row for every model, number of steps and guidance. Rows are kept in --json, and not made again."""
     clip, seed = ClipScore.load(args.clip, args.device), SPLITS[args.split]
     captions = [scenes.sample(seed, i)[1] for i in range(args.pictures)]
     drawn = None
@@ -56,7 +56,7 @@ def score(args: argparse.Namespace) -> None:
         sampler = args.sampler or ("flow" if sd.windows else "ddim")
         key = {"model": label(path), "weights": weights, "sampler": sampler, "steps": steps, "guidance": guidance}
         key |= {"split": args.split, "prompts": args.count, "pictures": args.pictures}
-        if steps < (sd.windows or 1) or any(key.items() <= row.items() for row in rows):
+        if steps < (sd.windows or 1) or any(key.items() <= row.items() for row in kept(args.json)):
             continue
         if drawn is None:
             drawn = statistics(np.stack([scenes.sample(seed, i)[0] for i in range(args.pictures)]), clip)
@@ -70,16 +70,19 @@ def score(args: argparse.Namespace) -> None:
             "frechet": round(fid.frechet_distance(*statistics(made, clip), *drawn), 3),
             "clip": round(torch.cat(fit).mean().item(), 3),
         }
-        rows.append(row)
+        rows = kept(args.json) + [row]  # read again: another `score` may run beside this one
         print(
             f"{row['model']} ({sampler}), {steps} steps, guidance {guidance:g}: one item {right[0]:.1%}, two "
             f"{right[1]:.1%} of {args.count}; Frechet {row['frechet']:.2f}, CLIP {row['clip']:.2f} of {args.pictures}",
             flush=True,
         )
-        if args.json:
-            aside = args.json.with_suffix(".partial")
-            aside.write_text("[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
-            os.replace(aside, args.json)
+        aside = args.json.with_suffix(".partial")
+        aside.write_text("[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
+        os.replace(aside, args.json)
+
+
+def kept(file: Path) -> list[dict]:
+    return json.loads(file.read_text()) if file.exists() else []
 
 
 def statistics(pictures: np.ndarray, clip: ClipScore) -> tuple[np.ndarray, np.ndarray]:
@@ -116,6 +119,34 @@ def errors(args: argparse.Namespace) -> None:
             for part in "mse", "cos":
                 told = " ".join(f"{window[part]:.4f}" for window in parts)
                 print(f"{where:>5}, {name}: {'1 - cos' if part == 'cos' else 'mse'} {told}", flush=True)
+
+
+README, MARKS = (
+    Path(__file__).parent / "README.md",
+    ("<!-- scores: python figures.py table -->\n", "<!-- end of scores -->"),
+)
+
+
+def table(args: argparse.Namespace) -> str:
+    """The rows of the test split in --json, as the README shows them."""
+    lines = [
+        "| model | sampler | steps | guidance | one item | two items | Frechet | CLIP |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in kept(args.json):
+        if row["split"] == "test":
+            lines.append(
+                f"| {row['model']} | {row['sampler']} | {row['steps']} | {row['guidance']:g} | {row['one item']:.1%} "
+                f"| {row['two items']:.1%} | {row['frechet']:.2f} | {row['clip']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def write_table(args: argparse.Namespace) -> None:
+    before, rest = README.read_text(encoding="utf-8").split(MARKS[0])
+    aside = README.with_suffix(".partial")
+    aside.write_text(before + MARKS[0] + table(args) + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
+    aside.replace(README)
 
 
 # ---- Paths and velocities -------------------------------------------------------------------------------------------
@@ -281,13 +312,21 @@ def side(args: argparse.Namespace) -> None:
     print(f"wrote {args.out / 'side.png'}")
 
 
-COMMANDS = {"score": score, "errors": errors, "velocities": velocities, "noise": noise, "paths": paths, "side": side}
+COMMANDS = {
+    "score": score,
+    "table": write_table,
+    "errors": errors,
+    "velocities": velocities,
+    "noise": noise,
+    "paths": paths,
+    "side": side,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=COMMANDS)
-    parser.add_argument("models", type=Path, nargs="+", help="model folders; for `side` with :STEPS after each")
+    parser.add_argument("models", type=Path, nargs="*", help="model folders; for `side` with :STEPS after each")
     parser.add_argument("--steps", type=int, nargs="+", default=[4], help="of `score`")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="`score` takes several")
     parser.add_argument("--sampler", choices=sample.SAMPLERS, help="of `score`; default: flow or ddim")
@@ -299,10 +338,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "docs/demo_prompts.txt")
     parser.add_argument("--clip", type=Path, default=Path(__file__).parent / "weights/miniature-clip")
     parser.add_argument("--out", type=Path, default=Path("out/figures"), help="folder for pictures")
-    parser.add_argument("--json", type=Path, help="where `score` keeps its rows")
+    results = Path(__file__).parent / "docs/results/scores.json"
+    parser.add_argument("--json", type=Path, default=results, help="where `score` keeps its rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:
+        if not args.models and args.what != "table":
+            raise InputError(f"{args.what} needs a model folder")
         COMMANDS[args.what](args)
     except InputError as error:
         parser.exit(2, f"error: {error}\n")

@@ -26,7 +26,8 @@ from tqdm import tqdm
 import reflow
 from model import InputError, StableDiffusion
 
-MINIATURE = Path(__file__).parent / "weights/miniature"
+MINIATURE = Path(__file__).parent / "weights/miniature"  # a diffusion model
+FLOW = Path(__file__).parent / "weights/proreflow-i"  # what train.py made of it, for few steps
 SAMPLERS = {"flow": "windowed Euler steps", "ddim": "DDIM", "dpm++": "DPM-Solver++ 2M"}
 
 
@@ -276,7 +277,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", nargs="+", help="one or more prompts")
     source.add_argument("--prompts", type=Path, help="a file with a prompt per line, or a COCO captions JSON")
-    parser.add_argument("--model", type=Path, default=MINIATURE, help="model folder, or single .safetensors file")
+    parser.add_argument("--model", type=Path, default=FLOW, help="model folder, or single .safetensors file")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer(s), for a single file")
     parser.add_argument("--steps", type=int, default=4, help="network evaluations per picture (two with guidance)")
     parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance scale; 1 is none")
