@@ -174,10 +174,9 @@ class Shards(Pictures):
             tables.append(table)
             if error:
                 damaged.append(file)
+                notice = f"notice: {file} is damaged, its first {len(table)} samples are used: {error}"
                 if not quiet:
-                    print(
-                        f"notice: {file} is damaged, its first {len(table)} samples are used: {error}", file=sys.stderr
-                    )
+                    print(notice, file=sys.stderr)
         if len(damaged) > max(1, 0.05 * len(self.files)):
             raise InputError(
                 f"{len(damaged)} of {len(self.files)} shards are damaged, the last {damaged[-1]}; see above"
@@ -211,7 +210,9 @@ class Shards(Pictures):
                 tar.seek(at) and tar.read(size) if at else None for at, size in self.table[i].reshape(3, 2).tolist()
             )
         facts = json.loads(facts) if facts else {}
-        caption = text.decode() if text is not None else facts.get("caption") or ""
+        if not isinstance(facts, dict):
+            raise ValueError("its JSON file holds no object")
+        caption = text.decode() if text is not None else str(facts.get("caption") or "")
         size = facts.get("original_height"), facts.get("original_width")
         return io.BytesIO(picture), caption, size if all(isinstance(n, int) for n in size) else None
 

@@ -450,6 +450,16 @@ def test_a_broken_picture_in_a_shard_is_named_by_its_key(shards, capsys):
     assert "00000.tar: 000000000.png is left out" in capsys.readouterr().err
 
 
+def test_a_sample_without_caption_or_with_no_object_in_its_json_is_left_out(shards, capsys):
+    write_shard(shards / "00000.tar", [1], captions=False, facts={"caption": None})
+    write_shard(shards / "00001.tar", [2], captions=False)
+    content = (shards / "00001.tar").read_bytes()
+    (shards / "00001.tar").write_bytes(content.replace(b'{"caption": "fact 2"}', b"[1, 2, 3, 4, 5, 6, 7]"))
+    assert data.Shards(shards, 32)[0]["caption"] == "caption 20"
+    told = capsys.readouterr().err
+    assert "its caption is empty" in told and "its JSON file holds no object" in told
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_two_processes_read_every_sample_of_the_shards_once_and_go_on_where_they_stopped(shards, workers):
     def captions(first, count, rank):

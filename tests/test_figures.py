@@ -1,5 +1,6 @@
 """The experiments' tools: what they measure is what they say they measure."""
 
+import argparse
 import json
 import sys
 
@@ -106,3 +107,9 @@ def test_a_student_that_learned_nothing_has_the_errors_of_its_teachers_weights(t
     lines = dict(line.strip().split(": ") for line in capsys.readouterr().out.splitlines())
     assert len(lines) == 4 and lines["start, untrained"] == lines["start, same"] != lines["even, same"]
     assert len(lines["even, untrained"].removeprefix("1 - cos").split()) == 8
+
+
+def test_the_readme_shows_the_scores_that_were_measured():
+    args = argparse.Namespace(json=figures.README.parent / "docs/results/scores.json")
+    shown = figures.README.read_text(encoding="utf-8").split(figures.MARKS[0])[1].split(figures.MARKS[1])[0]
+    assert shown == figures.table(args) and "| proreflow-i | flow | 4 |" in shown
