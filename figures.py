@@ -133,12 +133,13 @@ def table(args: argparse.Namespace) -> str:
         "| model | sampler | steps | guidance | one item | two items | Frechet | CLIP |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in kept(args.json):
-        if row["split"] == "test":
-            lines.append(
-                f"| {row['model']} | {row['sampler']} | {row['steps']} | {row['guidance']:g} | {row['one item']:.1%} "
-                f"| {row['two items']:.1%} | {row['frechet']:.2f} | {row['clip']:.2f} |"
-            )
+    rows = [row for row in kept(args.json) if row["split"] == "test"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    for row in sorted(rows, key=lambda row: (models.index(row["model"]), row["sampler"], -row["steps"])):
+        lines.append(
+            f"| {row['model']} | {row['sampler']} | {row['steps']} | {row['guidance']:g} | {row['one item']:.1%} "
+            f"| {row['two items']:.1%} | {row['frechet']:.2f} | {row['clip']:.2f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
