@@ -52,14 +52,14 @@ DEFAULTS = {
     768: {"iters": 10_000, "batch_size": 32, "points": 1, "starts": 0.0, "lr": 8e-5, "ema": 0.9999, "cooldown": 0.0},
     2048: {"iters": 10_000, "batch_size": 16, "points": 1, "starts": 0.0, "lr": 1e-4, "ema": 0.9999, "cooldown": 0.0},
     "smaller": {
-        "iters": 4_000,
+        "iters": 3_000,
         "batch_size": 16,
         "points": 4,
         "starts": 0.5,
         "lr": 3e-4,
         "ema": 0.999,
         "cooldown": 0.5,
-    },
+    },  # fmt: skip
 }
 
 # STARTS: `--starts 0` draws times evenly, as the paper says. But few-step sampling and the next stage's teacher ask a
