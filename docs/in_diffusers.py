@@ -27,13 +27,9 @@ class FlowScheduler(DDIMScheduler):
         return (reflow.euler(velocity, z, self.grid[at : at + 2].to(z.device)),)
 
 
-def load(folder: str, **options) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **options)
-    config = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
-    pipeline.scheduler = FlowScheduler(**{name: config[name] for name in ("beta_start", "beta_end", "beta_schedule")})
-    pipeline.scheduler.register_to_config(
-        num_time_windows=config["num_time_windows"], prediction_type=config["prediction_type"]
-    )
+def load(folder: str) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.scheduler = FlowScheduler.from_config(pipeline.scheduler.config)
     return pipeline
 
 
