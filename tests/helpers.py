@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import shutil
+import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,6 +155,27 @@ def sdxl_pipeline(folder):
         tokenizer_2=CLIPTokenizer.from_pretrained(write_tokenizer(folder / "2", pad_token="!")),
         scheduler=scheduler(), force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
+
+
+def exit_code(module, *arguments):
+    """Run a program within this process, which is faster: the exit code of its main()."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, arguments)])
+        try:
+            module.main()
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+def command(module, *arguments, processes=1, torchrun=False):
+    """The same as a user starts it: a command line, under torchrun where there are several processes."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    start = start if torchrun or processes > 1 else []
+    return [sys.executable, *start, module.__file__, *map(str, arguments)]
+
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # equal sums need equally many threads
 
 
 def write_shard(file, keys, broken=(), captions=True, facts=None):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import BEGIN, END, VOCABULARY, edit, randomize, read, refusal, rewrite, write, write_tokenizer
+from helpers import BEGIN, END, VOCABULARY, edit, exit_code, randomize, read, refusal, rewrite, write, write_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
@@ -356,14 +356,8 @@ def test_a_missing_folder_says_where_there_are_some(copy, tmp_path):
 # ---------------------------------------------------------------- the command
 
 
-def run(monkeypatch, *arguments):
-    """Run clip_score.py within this process: the exit code of its main()."""
-    monkeypatch.setattr(sys, "argv", ["clip_score.py", *map(str, arguments)])
-    try:
-        clip_score.main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
+def run(*arguments):
+    return exit_code(clip_score, *arguments)
 
 
 CAPTIONS = ["a red cat", "the cat", "", "in the red", "cat on cat"]
@@ -385,20 +379,20 @@ def expected_score(clip, which=range(5), captions=CAPTIONS):
     return 100 * np.mean([clip.similarity([photo(i, 40, 50)], [captions[i]]).item() for i in which])
 
 
-def test_the_command_prints_one_line_that_says_what_it_is(clip, small, pictures, monkeypatch, capsys):
-    assert run(monkeypatch, pictures, "--clip", small, "--batch-size", 2, "--device", "cpu") == 0
+def test_the_command_prints_one_line_that_says_what_it_is(clip, small, pictures, capsys):
+    assert run(pictures, "--clip", small, "--batch-size", 2, "--device", "cpu") == 0
     assert capsys.readouterr().out == (
         f"CLIP score {expected_score(clip):.4f}: mean of 100 x cosine(picture, prompt) over 5 pictures, "
         "by small (2 layers of 48, patches of 8 pixels)\n"
     )
-    assert run(monkeypatch, pictures, "--clip", small, "--convention", "prefix", "--device", "cpu") == 0
+    assert run(pictures, "--clip", small, "--convention", "prefix", "--device", "cpu") == 0
     score = expected_score(clip, captions=["A photo depicts " + caption for caption in CAPTIONS]) / 100
     assert capsys.readouterr().out.startswith(
         f'CLIP score {score:.4f}: mean of cosine(picture, "A photo depicts " + prompt) over 5 pictures, by small ('
     )
 
 
-def test_prompts_may_come_from_a_file_in_the_order_of_file_names(clip, small, tmp_path, monkeypatch, capsys):
+def test_prompts_may_come_from_a_file_in_the_order_of_file_names(clip, small, tmp_path, capsys):
     folder, captions = tmp_path / "pictures", ["a red cat", "the cat", "red", "in the red", "cat on cat"]
     (folder / "more").mkdir(parents=True)
     names = ["2.png", "10.webp", "COCO_000000000042.JPG", "COCO_100000000007.png", "more/1.png"]
@@ -413,7 +407,7 @@ def test_prompts_may_come_from_a_file_in_the_order_of_file_names(clip, small, tm
     score = 100 * clip.similarity(images, captions).mean()
     for prompts in "lines.txt", "coco.json":
         arguments = [folder, "--clip", small, "--prompts", tmp_path / prompts, "--device", "cpu"]
-        assert run(monkeypatch, *arguments) == 0
+        assert run(*arguments) == 0
         assert capsys.readouterr().out.startswith(f"CLIP score {score:.4f}: ")
 
 
@@ -439,35 +433,35 @@ def test_two_processes_find_the_score_of_one_and_an_unreadable_picture_is_named(
     assert done.stderr.count(f"notice: 1 of 5 pictures cannot be read: {damaged}\n") == 1
 
 
-def test_an_unreadable_picture_keeps_the_others_with_their_own_prompts(clip, small, pictures, monkeypatch, capsys):
+def test_an_unreadable_picture_keeps_the_others_with_their_own_prompts(clip, small, pictures, capsys):
     (pictures / "00001.png").write_text("no picture")
     (pictures.parent / "p.txt").write_text("\n".join(caption or "a" for caption in CAPTIONS))
-    assert run(monkeypatch, pictures, "--clip", small, "--prompts", pictures.parent / "p.txt", "--device", "cpu") == 0
+    assert run(pictures, "--clip", small, "--prompts", pictures.parent / "p.txt", "--device", "cpu") == 0
     score = expected_score(clip, which=[0, 2, 3, 4], captions=[caption or "a" for caption in CAPTIONS])
     assert capsys.readouterr().out.startswith(f"CLIP score {score:.4f}: ")
 
 
-def test_too_many_unreadable_pictures_are_an_error(small, pictures, monkeypatch, capsys):
+def test_too_many_unreadable_pictures_are_an_error(small, pictures, capsys):
     for name in "00001.png", "00004.png":
         (pictures / name).write_text("no picture")
-    assert run(monkeypatch, pictures, "--clip", small, "--device", "cpu") == 2
+    assert run(pictures, "--clip", small, "--device", "cpu") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: 2 of 5 pictures cannot be read (") and "00001.png, " in error
     for i in (0, 2, 3):
         (pictures / f"{i:05d}.png").unlink()
     (pictures / "00001.png").unlink()
-    assert run(monkeypatch, pictures, "--clip", small, "--device", "cpu") == 2
+    assert run(pictures, "--clip", small, "--device", "cpu") == 2
     assert "error: 1 of 1 pictures cannot be read (" in capsys.readouterr().err
 
 
-def test_a_picture_without_a_prompt_is_an_error(small, pictures, monkeypatch, capsys):
+def test_a_picture_without_a_prompt_is_an_error(small, pictures, capsys):
     photo(0, 40, 50).save(pictures / "00002.png")
-    assert run(monkeypatch, pictures, "--clip", small, "--device", "cpu") == 2
+    assert run(pictures, "--clip", small, "--device", "cpu") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "00002.png does not say its prompt" in error and "--prompts" in error
 
 
-def test_a_wrong_argument_is_one_clear_line_and_exit_code_2(small, pictures, tmp_path, monkeypatch, capsys):
+def test_a_wrong_argument_is_one_clear_line_and_exit_code_2(small, pictures, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "three.txt").write_text("a\nb\nc\n")
     for arguments, message in [
@@ -479,6 +473,6 @@ def test_a_wrong_argument_is_one_clear_line_and_exit_code_2(small, pictures, tmp
         ([pictures, "--clip", small, "--batch-size", "0"], "--batch-size must be at least 1"),
         ([pictures, "--clip", small, "--device", "nothing"], "device nothing cannot be used here"),
     ]:
-        assert run(monkeypatch, *arguments) == 2
+        assert run(*arguments) == 2
         error = capsys.readouterr().err.splitlines()
         assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]

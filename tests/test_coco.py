@@ -1,18 +1,19 @@
 """The protocols on COCO, from its own files to one line with a number, on a made-up COCO of a few pictures."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
-from helpers import refusal
+from helpers import ONE_THREAD, refusal
 from PIL import Image
 
+import clip_score
 import coco
 import fid
+import sample
 
 ROOT = Path(coco.__file__).parent
 
@@ -95,28 +96,25 @@ def test_a_protocol_goes_from_cocos_files_to_one_line_that_says_all(
 ):
     """Processes make the pictures, are interrupted, go on; and score them."""
 
-    def run(script, *arguments, processes=processes):
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] * (processes > 1)
-        line = [sys.executable, *start, str(ROOT / script), *map(str, arguments)]
-        done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    def run(module, *arguments, processes=processes):
+        line = helpers.command(module, *arguments, processes=processes)
+        done = subprocess.run(line, capture_output=True, text=True, env=ONE_THREAD)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()[-1]
 
-    run("coco.py", protocol, annotations, annotations.parent / "val2017", "--out", tmp_path, processes=1)
+    run(coco, protocol, annotations, annotations.parent / "val2017", "--out", tmp_path, processes=1)
     made = tmp_path / "ours"
     how = ["--prompts", tmp_path / "prompts.txt", "--steps", 2, "--sampler", "ddim", "--guidance", 3, "--seed", 5]
     how += ["--model", ROOT / "weights/miniature", "--out", made]
-    run("sample.py", *how)
+    run(sample, *how)
     (made / "00001.png").unlink()  # as if the run had not come so far
     kept = (made / "00000.png").stat().st_mtime_ns
-    run("sample.py", *how)
+    run(sample, *how)
     assert (made / "00000.png").stat().st_mtime_ns == kept
-    line = run(
-        "fid.py", tmp_path / "reference", made, "--protocol", protocol, "--weights", inception_file, "--workers", 0
-    )
+    line = run(fid, tmp_path / "reference", made, "--protocol", protocol, "--weights", inception_file, "--workers", 0)
     count = len((tmp_path / "prompts.txt").read_text().splitlines())
     assert "FID" in line and mode in line and f"protocol {protocol}" in line and "Inception" in line
     assert "reference 4 of" in line and f"generated {count} of" in line
     assert "steps 2" in line and "guidance 3" in line and "seed 5" in line
-    line = run("clip_score.py", made, "--clip", ROOT / "weights/miniature-clip")
+    line = run(clip_score, made, "--clip", ROOT / "weights/miniature-clip")
     assert line.startswith("CLIP score") and f"over {count} pictures" in line

@@ -7,16 +7,16 @@ formula, average pools as a ratio of two sums. It is given the same random weigh
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from helpers import refusal
+from helpers import ONE_THREAD, exit_code, refusal
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -152,23 +152,17 @@ def folders(tmp_path_factory):
     return made
 
 
+PLAIN = ["--workers", "0", "--device", "cpu"]
+
+
 def command(*arguments, processes=1):
     """Run fid.py as a user does, with several processes."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = [*start, str(ROOT / "fid.py"), *map(str, arguments), "--workers", "0", "--device", "cpu"]
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    line = helpers.command(fid, *arguments, *PLAIN, processes=processes, torchrun=True)
+    return subprocess.run(line, capture_output=True, text=True, env=ONE_THREAD)
 
 
-def run(monkeypatch, *arguments):
-    """The same with one process and within this one, which is faster: the exit code of fid.main()."""
-    arguments = ["fid.py", *map(str, arguments), "--workers", "0", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    try:
-        fid.main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
+def run(*arguments):
+    return exit_code(fid, *arguments, *PLAIN)
 
 
 def statistics_of(folder, network, mode="clean", crop=None):
@@ -599,13 +593,11 @@ def test_the_distance_is_faster_than_a_matrix_root():
 # ---- the command
 
 
-def test_the_command_prints_a_line_that_says_what_the_number_is(
-    network, weights, folders, tmp_path, monkeypatch, capsys
-):
+def test_the_command_prints_a_line_that_says_what_the_number_is(network, weights, folders, tmp_path, capsys):
     reference, generated = (statistics_of(folder, network) for folder in folders)
     expected = fid.frechet_distance(reference.mu, reference.sigma, generated.mu, generated.sigma)
     saved = tmp_path / "new/reference.npz"
-    assert run(monkeypatch, *folders, "--weights", weights, "--save-stats", saved) == 0
+    assert run(*folders, "--weights", weights, "--save-stats", saved) == 0
     first, line = capsys.readouterr().out.strip().splitlines()
     assert first.startswith(f"{saved}: statistics of 3 of {folders[0]}")
     assert float(line.split()[1].rstrip(":")) == pytest.approx(expected, rel=1e-4)
@@ -613,14 +605,14 @@ def test_the_command_prints_a_line_that_says_what_the_number_is(
     assert f"reference 3 of {folders[0]}, generated 2 of {folders[1]}" in line
     assert expected > 0.1
     # the same, from the statistics; and against itself
-    assert run(monkeypatch, saved, folders[1], "--weights", weights, "--batch-size", "3") == 0
+    assert run(saved, folders[1], "--weights", weights, "--batch-size", "3") == 0
     again = capsys.readouterr().out.strip()
     assert float(again.split()[1].rstrip(":")) == pytest.approx(expected, rel=1e-4)
     assert "reference 3 of" in again
-    assert run(monkeypatch, saved, saved) == 0  # needs no network
+    assert run(saved, saved) == 0  # needs no network
     assert capsys.readouterr().out.startswith("FID 0.0000: mode clean, network FID Inception")
     # statistics of another mode are not compared with
-    assert run(monkeypatch, saved, folders[1], "--weights", weights, "--mode", "legacy") == 2
+    assert run(saved, folders[1], "--weights", weights, "--mode", "legacy") == 2
     assert "were not made alike" in capsys.readouterr().err
 
 
@@ -630,14 +622,14 @@ def test_a_protocol_sets_mode_and_crop(network, weights, folders, monkeypatch, c
     protocol = fid.PROTOCOLS["coco2017-5k"]
     reference, generated = (statistics_of(folder, network, "legacy", protocol.crop) for folder in folders)
     expected = fid.frechet_distance(reference.mu, reference.sigma, generated.mu, generated.sigma)
-    assert run(monkeypatch, *folders, "--weights", weights, "--protocol", "coco2017-5k") == 0
+    assert run(*folders, "--weights", weights, "--protocol", "coco2017-5k") == 0
     out, err = capsys.readouterr()
     assert float(out.split()[1].rstrip(":")) == pytest.approx(expected, rel=1e-4)
     assert "mode legacy" in out and "protocol coco2017-5k" in out
     assert "notice: coco2017-5k means 5000 generated pictures" in err
 
 
-def test_several_processes_find_what_one_finds(weights, folders, tmp_path, monkeypatch, capsys):
+def test_several_processes_find_what_one_finds(weights, folders, tmp_path, capsys):
     """Of 4 files, the first process reads one and finds one broken, the second reads two."""
     few = tmp_path / "few"
     few.mkdir()
@@ -646,7 +638,7 @@ def test_several_processes_find_what_one_finds(weights, folders, tmp_path, monke
     (few / "2.png").write_bytes(b"broken")
     np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     lines = []
-    assert run(monkeypatch, few, tmp_path / "other.npz", "--weights", weights, "--save-stats", tmp_path / "1.npz") == 0
+    assert run(few, tmp_path / "other.npz", "--weights", weights, "--save-stats", tmp_path / "1.npz") == 0
     lines.append(capsys.readouterr().out.splitlines()[-1])
     done = command(few, tmp_path / "other.npz", "--weights", weights, "--save-stats", tmp_path / "2.npz", processes=2)
     assert done.returncode == 0, done.stderr
@@ -673,7 +665,7 @@ def test_the_line_says_how_sample_py_made_the_pictures(folders, tmp_path):
     )
 
 
-def test_wrong_arguments_are_one_clear_line_and_exit_code_2(folders, tmp_path, monkeypatch, capsys):
+def test_wrong_arguments_are_one_clear_line_and_exit_code_2(folders, tmp_path, capsys):
     fid.Statistics(np.zeros(3), np.eye(3)).save(tmp_path / "three.npz")
     fid.Statistics(np.zeros(2), np.eye(2)).save(tmp_path / "two.npz")
     missing = ["--weights", tmp_path / "none.pth"]
@@ -686,22 +678,22 @@ def test_wrong_arguments_are_one_clear_line_and_exit_code_2(folders, tmp_path, m
         ([*folders, "--batch-size", 0], "--batch-size must be at least 1"),
         ([*folders, "--clip", MINIATURE_CLIP, "--mode", "clean"], "leave out --mode and --weights"),
     ]:
-        assert run(monkeypatch, *arguments) == 2
+        assert run(*arguments) == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]
 
 
-def test_clip_features_are_another_network(folders, tmp_path, monkeypatch, capsys):
+def test_clip_features_are_another_network(folders, tmp_path, capsys):
     clip = ClipScore.load(MINIATURE_CLIP)
     features = []
     for folder in folders:
         pictures = [Image.open(file).convert("RGB") for file in fid.find_pictures(folder)]
         features.append(clip.image_features(pictures).double().numpy())
     expected = fid.frechet_distance(*(f(x) for x in features for f in (lambda x: x.mean(0), lambda x: np.cov(x.T))))
-    assert run(monkeypatch, *folders, "--clip", MINIATURE_CLIP, "--save-stats", tmp_path / "clip.npz") == 0
+    assert run(*folders, "--clip", MINIATURE_CLIP, "--save-stats", tmp_path / "clip.npz") == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert float(line.split()[2].rstrip(":")) == pytest.approx(expected, rel=1e-4)
     assert line.startswith("Frechet distance ") and "network CLIP miniature-clip" in line and "mode of CLIP" in line
     fid.Statistics(np.zeros(3), np.eye(3)).save(tmp_path / "three.npz")
-    assert run(monkeypatch, tmp_path / "three.npz", folders[1], "--clip", MINIATURE_CLIP) == 2
+    assert run(tmp_path / "three.npz", folders[1], "--clip", MINIATURE_CLIP) == 2
     assert "three.npz has 3 features a picture, this network 128" in capsys.readouterr().err

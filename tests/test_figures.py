@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
+from helpers import exit_code
 
 import figures
 import miniature
@@ -20,13 +20,7 @@ MODEL = sample.MINIATURE
 
 
 def run(*arguments):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["figures.py", *map(str, arguments)])
-        try:
-            figures.main()
-        except SystemExit as stop:
-            return stop.code
-    return 0
+    return exit_code(figures, *arguments)
 
 
 def test_a_straight_path_walked_evenly_deviates_by_nothing_and_a_bent_one_by_what_it_is_bent():

@@ -1,16 +1,15 @@
 """From prompts to pictures: the same as diffusers' pipelines, and what the command line promises."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
+import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import edit, refusal
+from helpers import ONE_THREAD, edit, exit_code, refusal
 from PIL import Image
 
 import reflow
@@ -22,24 +21,12 @@ ROOT = Path(sample.__file__).parent
 
 def command(*arguments, processes=1):
     """Run sample.py as a user does."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*start, str(ROOT / "sample.py"), *map(str, arguments)], capture_output=True, text=True, env=environment
-    )
-    return done
+    line = helpers.command(sample, *arguments, processes=processes)
+    return subprocess.run(line, capture_output=True, text=True, env=ONE_THREAD)
 
 
-def run(monkeypatch, *arguments):
-    """The same within this process, which is faster: the exit code of sample.main()."""
-    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
-    try:
-        sample.main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
+def run(*arguments):
+    return exit_code(sample, *arguments)
 
 
 def make_flow(folder):
@@ -128,7 +115,7 @@ def test_guidance_of_one_is_the_model_alone(sd15):
     torch.testing.assert_close(guided, nothing + 3 * (alone - nothing))
 
 
-def test_the_command_writes_pictures_that_know_how_they_were_made(sd15, tmp_path, monkeypatch):
+def test_the_command_writes_pictures_that_know_how_they_were_made(sd15, tmp_path):
     arguments = [
         "--model",
         sd15,
@@ -144,7 +131,7 @@ def test_the_command_writes_pictures_that_know_how_they_were_made(sd15, tmp_path
         "--seed",
         7,
     ]
-    assert run(monkeypatch, *arguments, "--guidance", 2.5, "--negative-prompt", "日本") == 0
+    assert run(*arguments, "--guidance", 2.5, "--negative-prompt", "日本") == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"{i:05d}.png" for i in range(4)), "sheet.png"]
     with Image.open(tmp_path / "00002.png") as image:
         assert image.size == (64, 64) and image.mode == "RGB"
@@ -160,28 +147,28 @@ def test_a_repeated_run_makes_only_what_is_missing_or_was_made_otherwise(sd15, t
     made = []
     generate = sample.generate
     monkeypatch.setattr(sample, "generate", lambda *a, **kw: made.append(kw["indices"]) or generate(*a, **kw))
-    run(monkeypatch, *arguments)
+    run(*arguments)
     (tmp_path / "00001.png").unlink()
     (tmp_path / "00002.png").write_bytes((tmp_path / "00002.png").read_bytes()[:60])  # cut short
-    run(monkeypatch, *arguments)
-    run(monkeypatch, *arguments)
-    run(monkeypatch, *arguments, "--seed", 1)
+    run(*arguments)
+    run(*arguments)
+    run(*arguments, "--seed", 1)
     assert made == [[0, 1, 2], [1, 2], [0, 1, 2]]
 
 
-def test_pictures_of_a_model_trained_on_are_made_anew(sd15_copy, tmp_path, monkeypatch):
+def test_pictures_of_a_model_trained_on_are_made_anew(sd15_copy, tmp_path):
     arguments = ["--model", sd15_copy, "--prompt", "a cat", "--steps", 1, "--out", tmp_path / "out"]
-    run(monkeypatch, *arguments)
+    run(*arguments)
     before = (tmp_path / "out/00000.png").read_bytes()
     sd = StableDiffusion.load(sd15_copy)
     sd.unet.conv_out.weight.mul_(0.5)
     sd.save(sd15_copy)
-    run(monkeypatch, *arguments)
+    run(*arguments)
     assert (tmp_path / "out/00000.png").read_bytes() != before
 
 
-def test_a_word_that_the_model_never_learned_is_a_notice(sd15, tmp_path, monkeypatch, capsys):
-    assert run(monkeypatch, "--model", sd15, "--prompt", "the cat, a zebra", "--steps", 1, "--out", tmp_path) == 0
+def test_a_word_that_the_model_never_learned_is_a_notice(sd15, tmp_path, capsys):
+    assert run("--model", sd15, "--prompt", "the cat, a zebra", "--steps", 1, "--out", tmp_path) == 0
     assert "notice: words that this model never learned: zebra\n" in capsys.readouterr().err
 
 
@@ -236,11 +223,11 @@ def test_a_bad_prompt_file_is_an_error(tmp_path):
         (["--device", "cuda"], "device cuda cannot be used here"),
     ],
 )
-def test_a_wrong_argument_is_one_clear_line_and_exit_code_2(sd15, tmp_path, monkeypatch, capsys, arguments, message):
+def test_a_wrong_argument_is_one_clear_line_and_exit_code_2(sd15, tmp_path, capsys, arguments, message):
     if arguments == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("has a GPU")
     model = [] if "--model" in arguments else ["--model", sd15]
-    assert run(monkeypatch, "--prompt", "a cat", "--out", tmp_path, *model, *arguments) == 2
+    assert run("--prompt", "a cat", "--out", tmp_path, *model, *arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]  # above it, a progress bar may stand
     assert error.startswith("error: ") and message in error
 

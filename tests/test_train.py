@@ -7,16 +7,16 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from helpers import edit, randomize, read, refusal, write_shard
+from helpers import ONE_THREAD, edit, exit_code, randomize, read, refusal, write_shard
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -34,29 +34,20 @@ SHORT = ["--device", "cpu", "--batch-size", 2, "--points", 1, "--warmup", 1, "--
 
 def command(*arguments, processes=1):
     """train.py as a user starts it."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*start, str(ROOT / "train.py"), *map(str, [*SHORT, *arguments])]
+    return helpers.command(train, *SHORT, *arguments, processes=processes)
 
 
 def run(*arguments):
     """The same within this process, which is faster: the exit code of train.main()."""
     handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, [*SHORT, *arguments])])
-        try:
-            train.main()
-        except SystemExit as stop:
-            return stop.code
-        finally:
-            for which, handler in handlers.items():
-                signal.signal(which, handler)
-    return 0
+    try:
+        return exit_code(train, *SHORT, *arguments)
+    finally:
+        for which, handler in handlers.items():
+            signal.signal(which, handler)
 
 
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # equal sums need equally many threads
 
 
 @pytest.fixture
@@ -66,7 +57,7 @@ def start():
 
     def start(*arguments, processes=1):
         line = command(*arguments, processes=processes)
-        started.append(subprocess.Popen(line, env=ENVIRONMENT, start_new_session=True, **PIPES))
+        started.append(subprocess.Popen(line, env=ONE_THREAD, start_new_session=True, **PIPES))
         return started[-1]
 
     yield start
@@ -187,7 +178,7 @@ def test_only_the_newest_checkpoint_is_kept(tmp_path):
 def diverged(sd15, tmp_path_factory):
     out = tmp_path_factory.mktemp("diverged")
     arguments = ["--stage", 1, "--model", sd15, "--iters", 4, "--save-every", 1, "--lr", 1e10, "--out", out]
-    return subprocess.run(command(*arguments), env=ENVIRONMENT, **PIPES), out / "stage-1-run"
+    return subprocess.run(command(*arguments), env=ONE_THREAD, **PIPES), out / "stage-1-run"
 
 
 def test_divergence_names_step_rank_and_a_checkpoint_with_finite_weights(diverged):
@@ -230,7 +221,7 @@ def one_update(base, out, *arguments, processes=1):
     if processes == 1:
         assert run(*arguments) == 0
     else:
-        done = subprocess.run(command(*arguments, processes=processes), env=ENVIRONMENT, **PIPES)
+        done = subprocess.run(command(*arguments, processes=processes), env=ONE_THREAD, **PIPES)
         assert done.returncode == 0, done.stderr
     moments = state_of(out / "stage-1-run")["optimizer"]["state"]
     return log_of(out / "stage-1-run")[0], [moments[i]["exp_avg"] for i in sorted(moments)]
