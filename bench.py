@@ -355,10 +355,7 @@ def table() -> str:
 
 def write_table(args: argparse.Namespace) -> list:
     readme = RESULTS.parent.parent / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(MARKS[0])
-    aside = readme.with_suffix(".partial")
-    aside.write_text(before + MARKS[0] + table() + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
-    aside.replace(readme)
+    checkpoint.write_between(readme, MARKS, table())
     return []
 
 

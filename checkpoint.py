@@ -7,11 +7,14 @@ view of the mapped file, which the system reads when it is first used.
 Read `model.py` first; this is what its `load` and `save` stand on. Where names differ, `convert.py` knows.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,6 +29,18 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 class InputError(ValueError):
     """What we were given is wrong. The message is one line: what is wrong, and what to do about it."""
+
+
+@contextlib.contextmanager
+def one_line_errors(parser: argparse.ArgumentParser, stopped: str = "stopped") -> Iterator[None]:
+    """How a command that cannot go on ends: one line and exit code 2 for a user's mistake, 130 for Ctrl-C."""
+    try:
+        yield
+    except InputError as error:
+        reason = str(error).strip().rpartition("InputError: ")[2]  # a loader's process sends its traceback along
+        parser.exit(2, f"error: {reason}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{stopped}\n")
 
 
 def read_json(path: Path) -> dict:
@@ -189,6 +204,19 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    aside = path.with_suffix(".partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def write_between(path: Path, marks: tuple[str, str], text: str) -> None:
+    """Replace what stands between two marks in a text file."""
+    before, rest = path.read_text(encoding="utf-8").split(marks[0])
+    write_text(path, before + marks[0] + text + marks[1] + rest.split(marks[1])[1])
 
 
 def replace_folder(aside: Path, path: Path) -> None:

@@ -11,7 +11,6 @@ Shapes: B batch, P patches, D width. H W height and width, S that of the square 
 """
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -148,9 +147,7 @@ def prepare(image: Image.Image, cfg: ClipImageConfig) -> Tensor:
     Pillow's bicubic filter widens when it shrinks and rounds to whole levels. Torch's does neither, and it would
     change the score.
     """
-    if image.has_transparency_data:  # is seen on white
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB")
+    image = sample.on_white(image)
     width, height = (cfg.size * side // min(image.size) for side in image.size)
     left, top = (width - cfg.crop_size) // 2, (height - cfg.crop_size) // 2
     image = image.resize((width, height), cfg.resample)
@@ -302,7 +299,7 @@ def read_picture(file: Path) -> tuple[Image.Image, str | None]:
 
 
 def run(args: argparse.Namespace) -> None:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = sample.processes()
     if args.batch_size < 1:
         raise InputError("--batch-size must be at least 1")
     files = find_pictures(args.images)
@@ -312,8 +309,7 @@ def run(args: argparse.Namespace) -> None:
             f"{args.prompts} holds {len(prompts)} prompts, {args.images} {len(files)} pictures; it takes one for each, "
             "in the order of the pictures' names"
         )
-    device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    sample.check_device(device)
+    device = sample.choose_device(args.device)
     clip = ClipScore.load(args.clip, device)
 
     # Of each picture its score, and whether it could be read. Added up in one order however the work was shared.
@@ -365,10 +361,8 @@ def main() -> None:
     parser.add_argument("--convention", choices=CONVENTIONS, default="logits", help=convention)
     parser.add_argument("--batch-size", type=int, default=32, help="pictures looked at at once")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
-    try:
+    with checkpoint.one_line_errors(parser):
         run(parser.parse_args())
-    except InputError as error:
-        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

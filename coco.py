@@ -12,7 +12,6 @@ and the pictures (`val2014.zip`, `val2017.zip`).
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -97,9 +96,7 @@ def prepare(protocol: str, captions_file: Path, pictures: Path, out: Path) -> in
     for file in files:
         (aside / file.name).symlink_to(file.resolve())
     checkpoint.replace_folder(aside, out / "reference")
-    aside = out / "prompts.partial"
-    aside.write_text("".join(f"{text}\n" for text, _ in chosen), encoding="utf-8")
-    os.replace(aside, out / "prompts.txt")
+    checkpoint.write_text(out / "prompts.txt", "".join(f"{text}\n" for text, _ in chosen))
     if len(chosen) < choice.count:
         print(f"notice: {protocol} means {choice.count} captions, here are {len(chosen)}", file=sys.stderr)
     print(f"{out / 'prompts.txt'}: {len(chosen)} prompts; {out / 'reference'}: {len(files)} pictures")
@@ -113,10 +110,8 @@ def main() -> None:
     parser.add_argument("images", type=Path, help="folder of the pictures, val2014 or val2017")
     parser.add_argument("--out", type=Path, required=True, help="folder for prompts.txt and reference")
     args = parser.parse_args()
-    try:
+    with checkpoint.one_line_errors(parser):
         prepare(args.protocol, args.captions, args.images, args.out)
-    except InputError as error:
-        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

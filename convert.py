@@ -259,7 +259,8 @@ OFFICIAL = {"SD1.5": SD15, "SDXL": SDXL}
 
 
 def main() -> None:
-    from model import InputError, StableDiffusion, add_delta  # here, because model.py imports this file
+    from checkpoint import one_line_errors
+    from model import StableDiffusion, add_delta  # here, because model.py imports this file
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a single .safetensors file of SD1.5 or SDXL, or a model folder")
@@ -271,13 +272,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.delta and not (args.windows and args.prediction_type):
         parser.error("--delta also needs --windows and --prediction-type (PeRFlow's SD1.5: 4 and diff_eps)")
-    try:
+    with one_line_errors(parser):
         sd = StableDiffusion.load(args.source, dtype=None, tokenizer=args.tokenizer)
         if args.delta:
             add_delta(sd, args.delta, args.windows, args.prediction_type)
         sd.save(args.out)
-    except InputError as error:
-        parser.exit(2, f"error: {error}\n")
     print(f"wrote {args.out}")
 
 

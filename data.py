@@ -97,11 +97,7 @@ class Pictures(Dataset):
         if not caption:
             raise ValueError("its caption is empty")
         with Image.open(file) as picture:
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = picture.convert("RGB")
+            picture = sample.on_white(ImageOps.exif_transpose(picture))
         width, height = picture.size
         scale = self.size / min(width, height)
         picture = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
@@ -168,7 +164,7 @@ class Shards(Pictures):
         super().__init__(size, augment)
         self.name, self.buffer = f"{where}, {size} pixels", buffer
         self.files, tables, damaged = shard_files(where), [], []
-        quiet = os.environ.get("RANK", "0") != "0"
+        quiet = sample.processes()[0] > 0
         for file in tqdm(self.files, desc="reading the shards' tables", leave=False, disable=quiet):
             table, error = read_table(file)
             tables.append(table)
@@ -197,15 +193,18 @@ class Shards(Pictures):
         streamed = np.concatenate([np.arange(starts[k], self.ends[k]) for k in rng.permutation(len(self.files))])
         return streamed[np.argsort(np.arange(len(self)) + rng.uniform(0, self.buffer, len(self)))]
 
+    def file_of(self, i: int) -> Path:
+        return self.files[int(np.searchsorted(self.ends, i, side="right"))]
+
     def name_of(self, i: int) -> str:
-        file = self.files[int(np.searchsorted(self.ends, i, side="right"))]
+        file = self.file_of(i)
         at = int(self.table[i, 0])
         with open(file, "rb") as tar:
             tar.seek(at - 512)  # the header in front of the picture begins with its name
             return f"{file}: {tar.read(100).rstrip(bytes(1)).decode(errors='replace')}"
 
     def find(self, i: int) -> tuple[io.BytesIO, str, tuple[int, int] | None]:
-        with open(self.files[int(np.searchsorted(self.ends, i, side="right"))], "rb") as tar:
+        with open(self.file_of(i), "rb") as tar:
             picture, text, facts = (
                 tar.seek(at) and tar.read(size) if at else None for at, size in self.table[i].reshape(3, 2).tolist()
             )
@@ -325,7 +324,7 @@ def cache(vae: VAE, source: Dataset, count: int, folder: Path, shard: int = 5000
             raise InputError(f"{folder} holds other latents ({before}, not {made_of}); choose another --out")
     elif any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} holds latents that do not say of what; choose another --out")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = sample.processes()
     weight = vae.encoder.conv_in.weight
     shards = range(rank, -(-count // shard), world)
     files = {k: folder / f"{k:05d}.safetensors" for k in shards}
@@ -333,18 +332,19 @@ def cache(vae: VAE, source: Dataset, count: int, folder: Path, shard: int = 5000
     aside = folder / f"made_of-{rank}.partial"
     checkpoint.write_json(aside, made_of)
     os.replace(aside, folder / "made_of.json")
-    bar = tqdm(total=len(todo) * shard, desc="encoding", disable=rank > 0)
-    for k in todo:
-        numbers = range(k * shard, min((k + 1) * shard, count))
-        parts, captions, sizes = [], [], []
-        for batch in DataLoader(Subset(source, numbers), batch_size=50, num_workers=workers):
-            with torch.no_grad():
-                parts.append([part.cpu() for part in vae.encode(batch["image"].to(weight))])
-            captions += batch["caption"]
-            sizes += [batch["time_ids"]] if "time_ids" in batch else []
-            bar.update(len(batch["caption"]))
-        mean, log_variance = (torch.cat(part) for part in zip(*parts))
-        write_latents(files[k], mean, log_variance, captions, torch.cat(sizes) if sizes else None)
+    total = sum(min(shard, count - k * shard) for k in todo)
+    with tqdm(total=total, desc="encoding", disable=rank > 0) as bar:
+        for k in todo:
+            numbers = range(k * shard, min((k + 1) * shard, count))
+            parts, captions, sizes = [], [], []
+            for batch in DataLoader(Subset(source, numbers), batch_size=50, num_workers=workers):
+                with torch.no_grad():
+                    parts.append([part.cpu() for part in vae.encode(batch["image"].to(weight))])
+                captions += batch["caption"]
+                sizes += [batch["time_ids"]] if "time_ids" in batch else []
+                bar.update(len(batch["caption"]))
+            mean, log_variance = (torch.cat(part) for part in zip(*parts))
+            write_latents(files[k], mean, log_variance, captions, torch.cat(sizes) if sizes else None)
 
 
 def fingerprint(vae: VAE) -> str:
@@ -428,8 +428,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the drawn scenes")
     parser.add_argument("--workers", type=int, default=0, help="processes that make pictures")
     args = parser.parse_args()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
+    with checkpoint.one_line_errors(parser, "stopped; the same command goes on where it was"):
         sd = StableDiffusion.load(args.model, "cpu", None)
         source = open_source(args.data, sample.check_size(sd, args.size)) if args.data else Scenes(args.seed)
         if isinstance(source, Latents):
@@ -438,11 +437,7 @@ def main() -> None:
         count = args.count or (most if args.data else 100_000)
         if not 0 < count <= most or args.count == 0:
             raise InputError(f"--count must be from 1 to {most}, not {args.count}")
-        cache(sd.vae.to(device, torch.float32), source, count, args.out, workers=args.workers)
-    except InputError as error:
-        parser.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped; the same command goes on where it was\n")
+        cache(sd.vae.to(sample.choose_device(None), torch.float32), source, count, args.out, workers=args.workers)
 
 
 if __name__ == "__main__":

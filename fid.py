@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import sample
-from checkpoint import InputError, first
+from checkpoint import InputError, first, one_line_errors
 
 PUBLISHED = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS = Path(__file__).parent / "weights" / Path(PUBLISHED).name
@@ -379,7 +379,7 @@ def statistics(folder: Path, network: Network, crop: Callable | None, batch_size
 
     Raises InputError if more than one in a hundred cannot be read (one always may), or fewer than 2 are left.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = sample.processes()
     files = find_pictures(folder)
     pictures = Pictures(files[rank::world], crop, network.to_input)
     # With a 1 after the features x, the sum of the outer products holds all: sum x x^T, sum x, and the count. In
@@ -451,7 +451,7 @@ def describe(source: Path, statistics: Statistics) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = sample.processes()
     sources = [args.reference] + ([args.generated] if args.generated else [])
     if args.save_stats and args.save_stats.suffix != ".npz" or not (args.save_stats or args.generated):
         raise InputError("give GENERATED to compare with, or --save-stats FILE.npz for the statistics of REFERENCE")
@@ -464,8 +464,7 @@ def run(args: argparse.Namespace) -> None:
     known = {source: load_statistics(source) for source in sources if source.suffix == ".npz"}
     protocol = PROTOCOLS[args.protocol]
     if any(source not in known for source in sources):
-        device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-        sample.check_device(device)
+        device = sample.choose_device(args.device)
         mode = args.mode or protocol.mode
         network = clip_network(args.clip, device) if args.clip else inception_network(args.weights, mode, device)
         network.name += f", protocol {args.protocol}"
@@ -504,12 +503,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="pictures looked at at once")
     parser.add_argument("--workers", type=int, default=4, help="processes that read pictures")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
-    try:
+    with one_line_errors(parser):
         run(parser.parse_args())
-    except InputError as error:
-        parser.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped\n")
 
 
 if __name__ == "__main__":

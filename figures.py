@@ -13,8 +13,8 @@ MODEL is a model folder: a diffusion model, which is solved by DDIM, or a flow. 
 """
 
 import argparse
+import itertools
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import checkpoint
 import data
 import fid
 import miniature
@@ -31,15 +32,11 @@ import scenes
 import train
 from clip_score import ClipScore
 from loss import decomposed_velocity_loss
-from miniature import TEST, VALIDATION
+from miniature import TEST, VALIDATION, statistics
 from model import InputError, StableDiffusion
 
 FINE = 32  # steps of a path that is looked at closely; of a diffusion model, this many DDIM steps
 SPLITS = {"validation": VALIDATION, "test": TEST}  # settings are chosen on one, reported on the other
-
-
-def label(path: Path) -> str:
-    return path.name
 
 
 # ---- Scores ---------------------------------------------------------------------------------------------------------
@@ -50,16 +47,16 @@ def score(args: argparse.Namespace) -> None:
     clip, seed = ClipScore.load(args.clip, args.device), SPLITS[args.split]
     captions = [scenes.sample(seed, i)[1] for i in range(args.pictures)]
     drawn = None
-    for path, steps, guidance in ((p, s, g) for p in args.models for s in args.steps for g in args.guidance):
-        sd = StableDiffusion.load(path, args.device)
+    models = [StableDiffusion.load(path, args.device) for path in args.models]
+    for (path, sd), steps, guidance in itertools.product(zip(args.models, models), args.steps, args.guidance):
         weights = sample.fingerprint(sd.unet.conv_in.weight, sd.unet.conv_out.weight)
         sampler = args.sampler or ("flow" if sd.windows else "ddim")
-        key = {"model": label(path), "weights": weights, "sampler": sampler, "steps": steps, "guidance": guidance}
+        key = {"model": path.name, "weights": weights, "sampler": sampler, "steps": steps, "guidance": guidance}
         key |= {"split": args.split, "prompts": args.count, "pictures": args.pictures}
         if steps < (sd.windows or 1) or any(key.items() <= row.items() for row in kept(args.json)):
             continue
         if drawn is None:
-            drawn = statistics(np.stack([scenes.sample(seed, i)[0] for i in range(args.pictures)]), clip)
+            drawn = statistics((scenes.sample(seed, i)[0] for i in range(args.pictures)), clip)
         right = [miniature.accuracy(sd, steps, guidance, seed, n, args.count, sampler) for n in (1, 2)]
         made = np.stack(list(miniature.pictures_of(sd, captions, steps, guidance, seed, sampler)))
         fit = [clip.score(made[i : i + 100], captions[i : i + 100], "logits") for i in range(0, len(made), 100)]
@@ -76,18 +73,11 @@ def score(args: argparse.Namespace) -> None:
             f"{right[1]:.1%} of {args.count}; Frechet {row['frechet']:.2f}, CLIP {row['clip']:.2f} of {args.pictures}",
             flush=True,
         )
-        aside = args.json.with_suffix(".partial")
-        aside.write_text("[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
-        os.replace(aside, args.json)
+        checkpoint.write_text(args.json, "[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def kept(file: Path) -> list[dict]:
     return json.loads(file.read_text()) if file.exists() else []
-
-
-def statistics(pictures: np.ndarray, clip: ClipScore) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of features in the miniature's own CLIP."""
-    return miniature.statistics(iter(pictures), clip)
 
 
 @torch.no_grad()
@@ -103,7 +93,7 @@ def errors(args: argparse.Namespace) -> None:
     batch = train.prepare(teacher, items, torch.device(args.device))
     solve = train.teacher_solver(teacher, batch)
     for where in "start", "even":
-        table = {name: [] for name in ["untrained", *map(label, args.models)]}
+        table = {name: [] for name in ["untrained", *(path.name for path in args.models)]}
         for start, end in zip(reflow.borders(windows), reflow.borders(windows)[1:]):
             tau = (
                 end + 1 + (items["tau"][:, 0] - 1) * (start - end) // reflow.NOISE
@@ -144,10 +134,7 @@ def table(args: argparse.Namespace) -> str:
 
 
 def write_table(args: argparse.Namespace) -> None:
-    before, rest = README.read_text(encoding="utf-8").split(MARKS[0])
-    aside = README.with_suffix(".partial")
-    aside.write_text(before + MARKS[0] + table(args) + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
-    aside.replace(README)
+    checkpoint.write_between(README, MARKS, table(args))
 
 
 # ---- Paths and velocities -------------------------------------------------------------------------------------------
@@ -190,12 +177,12 @@ def velocities(args: argparse.Namespace) -> None:
         shown = ((distance, 0, 1.5, "distance"), (cosine, 0, 1, "cosine"))
         for axis, (matrix, low, high, name) in zip(axes[:, column], shown):
             picture = axis.imshow(matrix.numpy(), vmin=low, vmax=high, extent=(1, 0, 0, 1), cmap="viridis")
-            axis.set_title(f"{label(path)}: {name}", fontsize=8)
+            axis.set_title(f"{path.name}: {name}", fontsize=8)
             axis.tick_params(labelsize=6)
             figure.colorbar(picture, ax=axis, fraction=0.045).ax.tick_params(labelsize=6)
         apart = [FINE // 8, FINE // 2]
         told = [f"{cosine.diagonal(k).mean():.3f} for times {k / FINE:g} apart" for k in apart]
-        print(f"{label(path)}: cosine {', '.join(told)}; distance {distance.diagonal(apart[1]).mean():.3f} at {0.5:g}")
+        print(f"{path.name}: cosine {', '.join(told)}; distance {distance.diagonal(apart[1]).mean():.3f} at {0.5:g}")
     save(figure, args.out / "velocities.png")
 
 
@@ -208,14 +195,14 @@ def paths(args: argparse.Namespace) -> None:
         t, z = path_of(StableDiffusion.load(path, args.device), args)
         whole = deviation(t, z).mean()
         parts = torch.stack([deviation(t[i : i + 5], z[i : i + 5]) for i in range(0, FINE, 4)]).mean()
-        print(f"{label(path)}: mean distance from the chord, in its lengths: {whole:.4f}; within eighths {parts:.4f}")
+        print(f"{path.name}: mean distance from the chord, in its lengths: {whole:.4f}; within eighths {parts:.4f}")
         for one in z[:, :6].unbind(1):
             chord = one[-1] - one[0]
             along = (one - one[0]) @ chord / chord.square().sum()
             off = one - one[0] - along[:, None] * chord
             aside = off @ torch.linalg.svd(off, full_matrices=False)[2][0] / chord.norm()
             axis.plot(along.numpy(), (aside * aside.sum().sign()).numpy(), linewidth=0.8)
-        axis.set_title(f"{label(path)}: {whole:.3f}", fontsize=8)
+        axis.set_title(f"{path.name}: {whole:.3f}", fontsize=8)
         axis.tick_params(labelsize=6)
     save(figure, args.out / "paths.png")
 
@@ -256,13 +243,9 @@ def noise(args: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
 
     sd, clip = StableDiffusion.load(args.models[0], args.device), ClipScore.load(args.clip, args.device)
-    drawn = statistics(np.stack([scenes.sample(TEST, i)[0] for i in range(args.pictures)]), clip)
+    drawn = statistics((scenes.sample(TEST, i)[0] for i in range(args.pictures)), clip)
     captions = [scenes.sample(TEST, i)[1] for i in range(args.pictures)]
-    grid = (
-        torch.tensor(reflow.borders(FINE))
-        if sd.windows is None
-        else reflow.sampling_grid(max(8, sd.windows), sd.windows)
-    )
+    grid = reflow.sampling_grid(max(8, sd.windows) if sd.windows else FINE, sd.windows or FINE)
     curves = {"direction": [], "magnitude": []}
     for kind, curve in curves.items():
         for size in args.sizes:
@@ -272,10 +255,8 @@ def noise(args: argparse.Namespace) -> None:
                 few = captions[first : first + 100]
                 z = sample.draw_noise(TEST, list(range(first, first + len(few))), (4, 8, 8)).to(sd.device)
                 field = perturbed(velocity_of(sd, few, args.guidance[0]), size, kind, generator)
-                made.append(
-                    ((sd.decode(reflow.euler(field, z, grid)) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
-                )
-            curve.append(fid.frechet_distance(*statistics(torch.cat(made).numpy(), clip), *drawn))
+                made.extend(sample.to_pixels(sd.decode(reflow.euler(field, z, grid))))
+            curve.append(fid.frechet_distance(*statistics(made, clip), *drawn))
             print(f"noise of {size:g} |v| on the {kind}: Frechet distance {curve[-1]:.2f}", flush=True)
     figure, axis = plt.subplots(figsize=(4, 3))
     for kind, curve in curves.items():
@@ -307,7 +288,7 @@ def side(args: argparse.Namespace) -> None:
         sd = StableDiffusion.load(Path(path), args.device)
         made = sample.generate(sd, prompts, int(steps), args.guidance[0], seed=0)
         pictures += list(made)
-        names += [f"{label(Path(path))}, {steps} steps"] + [""] * (len(prompts) - 1)
+        names += [f"{Path(path).name}, {steps} steps"] + [""] * (len(prompts) - 1)
     args.out.mkdir(parents=True, exist_ok=True)
     sample.contact_sheet(pictures, names, len(prompts)).save(args.out / "side.png")
     print(f"wrote {args.out / 'side.png'}")
@@ -343,14 +324,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=results, help="where `score` keeps its rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    try:
+    with checkpoint.one_line_errors(parser):
         if not args.models and args.what != "table":
             raise InputError(f"{args.what} needs a model folder")
         COMMANDS[args.what](args)
-    except InputError as error:
-        parser.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -389,7 +389,7 @@ def accuracy(
     return sum(scenes.judge(picture, prompt) for picture, prompt in zip(pictures, prompts)) / count
 
 
-def statistics(pictures: Iterator[np.ndarray], clip: ClipScore) -> tuple[np.ndarray, np.ndarray]:
+def statistics(pictures: Iterable[np.ndarray], clip: ClipScore) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of the pictures' features in the miniature's own CLIP."""
     pictures = np.stack(list(pictures))
     features = torch.cat([clip.image_features(pictures[i : i + 200]) for i in range(0, len(pictures), 200)])
@@ -448,10 +448,8 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
     args = parser.parse_args()
-    try:
+    with checkpoint.one_line_errors(parser, "stopped; the same command goes on from the last checkpoint"):
         evaluate(args) if args.evaluate else train(args)
-    except InputError as error:
-        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

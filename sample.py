@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
+import checkpoint
 import reflow
 from model import InputError, StableDiffusion
 
@@ -100,15 +101,28 @@ def generate(
     else:
         solve = {"ddim": reflow.ddim, "dpm++": reflow.dpm_solver}[sampler]
         z = solve(epsilon, z, sd.alphas_cumprod, torch.tensor(reflow.borders(steps)))
-    return ((sd.decode(z) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return to_pixels(sd.decode(z))
 
 
-def check_device(device: str) -> None:
+def to_pixels(images: Tensor) -> np.ndarray:
+    """Pictures (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
+    return ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def processes() -> tuple[int, int]:
+    """(rank, number) of this process among those that `torchrun` started; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def choose_device(device: str | None) -> str:
+    """The device that was asked for, if it can be used; else this process's GPU, or the CPU where there is none."""
+    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {device} cannot be used here ({reason}); cpu always can") from None
+    return device
 
 
 def check_size(sd: StableDiffusion, size: int | None) -> int:
@@ -185,6 +199,13 @@ def save_png(image: np.ndarray, file: Path, settings: dict[str, str]) -> None:
     os.replace(file.with_suffix(".partial"), file)
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB; what is transparent shows white."""
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
 def contact_sheet(images: list[np.ndarray], captions: list[str], columns: int) -> Image.Image:
     """All pictures on one, each over its caption; small ones enlarged."""
     height, width = images[0].shape[:2]
@@ -224,13 +245,12 @@ def make_folder(folder: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = processes()
     prompts = read_prompts(args.prompts) if args.prompts else args.prompt
     make_folder(args.out)
     if args.n < 1 or args.batch_size < 1:
         raise InputError("--n and --batch-size must be at least 1")
-    device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    check_device(device)
+    device = choose_device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "float16"))
     sd = StableDiffusion.load(args.model, device, dtype, args.tokenizer)
     size, sampler = check_size(sd, args.size), check_sampler(sd, args.sampler, args.steps)
@@ -291,12 +311,8 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float16, on CPU float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster")
-    try:
+    with checkpoint.one_line_errors(parser, "stopped; the same command goes on where it was"):
         run(parser.parse_args())
-    except InputError as error:
-        parser.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped; the same command goes on where it was\n")
 
 
 if __name__ == "__main__":

@@ -52,15 +52,9 @@ DEFAULTS = {
     768: {"iters": 10_000, "batch_size": 32, "points": 1, "starts": 0.0, "lr": 8e-5, "ema": 0.9999, "cooldown": 0.0},
     2048: {"iters": 10_000, "batch_size": 16, "points": 1, "starts": 0.0, "lr": 1e-4, "ema": 0.9999, "cooldown": 0.0},
     "smaller": {
-        "iters": 3_000,
-        "batch_size": 16,
-        "points": 4,
-        "starts": 0.5,
-        "lr": 3e-4,
-        "ema": 0.999,
-        "cooldown": 0.5,
-    },  # fmt: skip
-}
+        "iters": 3_000, "batch_size": 16, "points": 4, "starts": 0.5, "lr": 3e-4, "ema": 0.999, "cooldown": 0.5,
+    },
+}  # fmt: skip
 
 # STARTS: `--starts 0` draws times evenly, as the paper says. But few-step sampling and the next stage's teacher ask a
 # flow at the starts of its windows only, and just there the network has two things to say: at tau the best jump
@@ -78,10 +72,8 @@ class Process:
 
     @classmethod
     def start(cls, device: str | None) -> "Process":
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-        sample.check_device(device)
-        device = torch.device(device)
+        rank, world = sample.processes()
+        device = torch.device(sample.choose_device(device))
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -278,8 +270,7 @@ class Log:
         self.bar = tqdm(total=args.iters, initial=step, disable=quiet, desc=f"stage {args.stage}")
         if not quiet:  # what a resumed run does again is not to be in the log twice
             kept = [line for line in self.lines() if json.loads(line)["step"] <= step]
-            self.file.with_suffix(".partial").write_text("".join(kept))
-            os.replace(self.file.with_suffix(".partial"), self.file)
+            checkpoint.write_text(self.file, "".join(kept))
 
     def lines(self) -> list[str]:
         whole = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
@@ -418,14 +409,8 @@ def run(args: argparse.Namespace) -> None:
 
     size = sample.check_size(teacher, args.size) // teacher.downscale
     latent = (teacher.unet.cfg.in_channels, size, size)
-    samples = data.Samples(
-        source_of(args, latent, teacher),
-        args.seed,
-        latent,
-        reflow.borders(args.windows),
-        args.points,
-        args.starts,
-    )
+    source, borders = source_of(args, latent, teacher), reflow.borders(args.windows)
+    samples = data.Samples(source, args.seed, latent, borders, args.points, args.starts)
     first, count = start * args.accumulate, (args.iters - start) * args.accumulate
     items = iter(data.batches(samples, first, count, args.batch_size, process.rank, process.world, args.workers))
     log = Log(folder, start, args, quiet=process.rank > 0)
@@ -533,14 +518,10 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile both networks: slow start, then faster")
     args = parser.parse_args()
     try:
-        run(args)
-    except InputError as error:
-        reason = (
-            str(error).strip().rpartition("InputError: ")[2]
-        )  # a worker process of the loader sends its traceback along
-        parser.exit(2, f"error: {reason}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped; the same command with --resume goes on from the last checkpoint\n")
+        with checkpoint.one_line_errors(
+            parser, "stopped; the same command with --resume goes on from the last checkpoint"
+        ):
+            run(args)
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader would take the end of its readers for a failure
         for reader in multiprocessing.active_children():  # they take no notice of gentler signals

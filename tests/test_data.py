@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import refusal, rewrite, write_shard
+from helpers import exit_code, refusal, rewrite, write_shard
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -469,3 +469,13 @@ def test_two_processes_read_every_sample_of_the_shards_once_and_go_on_where_they
     both = captions(0, 5, 0), captions(0, 5, 1)
     assert sorted(both[0] + both[1]) == sorted(f"caption {key}" for key in range(30))
     assert captions(2, 3, 1) == both[1][6:]
+
+
+def test_an_error_in_a_reader_of_the_cache_is_one_line_as_well(sd15, tmp_path, capsys):
+    for i in range(20):
+        (tmp_path / f"pictures/{i:02d}.png").parent.mkdir(exist_ok=True)
+        (tmp_path / f"pictures/{i:02d}.png").write_bytes(b"no picture")
+        (tmp_path / f"pictures/{i:02d}.txt").write_text("a caption")
+    arguments = ["cache", "--model", sd15, "--data", tmp_path / "pictures", "--out", tmp_path / "latents"]
+    assert exit_code(data, *arguments, "--workers", 1) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: 11 of 20 pictures cannot be used")
