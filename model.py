@@ -63,6 +63,12 @@ class StableDiffusion:
         return scheduler.get("prediction_type", "ddim_eps" if is_flow(scheduler) else "epsilon")
 
     @property
+    def guidance(self) -> float:
+        """The guidance scale to sample with unless told otherwise: 4, as the paper's; 1, which is none, for a flow
+        whose paths hold some from training (`train.py --teacher-guidance`)."""
+        return 1.0 if "trained_guidance" in self.configs["scheduler"] else 4.0
+
+    @property
     def downscale(self) -> int:
         """Pixels per latent, in each direction: 8 for all official models."""
         return 2 ** (len(self.vae.cfg.block_out_channels) - 1)

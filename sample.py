@@ -73,7 +73,7 @@ def generate(
     sd: StableDiffusion,
     prompts: list[str],
     steps: int = 4,
-    guidance_scale: float = 4.0,
+    guidance_scale: float | None = None,
     seed: int = 0,
     negative_prompt: str = "",
     sampler: str | None = None,
@@ -85,6 +85,7 @@ def generate(
 
     sampler: "flow", "ddim" or "dpm++"; by default the one that fits the model. latents: start from these (B, 4, h, w)
     instead of noise drawn for (seed, indices); indices are 0, 1, ... by default. size: height and width in pixels.
+    guidance_scale: by default the model's own, `StableDiffusion.guidance`.
     Raises InputError.
     """
     size = check_size(sd, size)
@@ -93,6 +94,7 @@ def generate(
         shape = (sd.unet.cfg.in_channels, size // sd.downscale, size // sd.downscale)
         latents = draw_noise(seed, list(range(len(prompts))) if indices is None else indices, shape)
     height, width = (n * sd.downscale for n in latents.shape[2:])
+    guidance_scale = sd.guidance if guidance_scale is None else guidance_scale
     epsilon = guided_epsilon(sd, prompts, guidance_scale, negative_prompt, height, width)
     z = latents.to(sd.device, torch.float32)  # fp32 whatever the network's dtype: sums of many small steps
     if sampler == "flow":
@@ -254,6 +256,7 @@ def run(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "float16"))
     sd = StableDiffusion.load(args.model, device, dtype, args.tokenizer)
     size, sampler = check_size(sd, args.size), check_sampler(sd, args.sampler, args.steps)
+    guidance = sd.guidance if args.guidance is None else args.guidance
     if args.compile:
         sd.unet.compile()
     if words := unlearned_words(sd, prompts):
@@ -261,7 +264,7 @@ def run(args: argparse.Namespace) -> None:
 
     everything = [prompt for prompt in prompts for _ in range(args.n)]
     settings = {
-        "negative_prompt": args.negative_prompt, "seed": args.seed, "steps": args.steps, "guidance": args.guidance,
+        "negative_prompt": args.negative_prompt, "seed": args.seed, "steps": args.steps, "guidance": guidance,
         "sampler": sampler, "size": size, "dtype": str(dtype).removeprefix("torch."), "model": args.model.name,
         "weights": fingerprint(sd.unet.conv_in.weight, sd.unet.conv_out.weight),
     }  # fmt: skip
@@ -271,7 +274,7 @@ def run(args: argparse.Namespace) -> None:
     todo = [i for i in mine if settings_of_png(file_of[i]) != settings | {"prompt": everything[i], "index": str(i)}]
     for few in tqdm([todo[i : i + args.batch_size] for i in range(0, len(todo), args.batch_size)], disable=rank > 0):
         images = generate(
-            sd, [everything[i] for i in few], args.steps, args.guidance, args.seed, args.negative_prompt, sampler,
+            sd, [everything[i] for i in few], args.steps, guidance, args.seed, args.negative_prompt, sampler,
             size=size, indices=few,
         )  # fmt: skip
         for i, image in zip(few, images):
@@ -288,7 +291,7 @@ def run(args: argparse.Namespace) -> None:
         sheet = contact_sheet(pictures, [everything[i] for i in shown], columns)
         sheet.save(args.out / "sheet.partial", format="PNG")
         os.replace(args.out / "sheet.partial", args.out / "sheet.png")
-        made = f"{len(everything)} pictures, {args.steps} steps of {SAMPLERS[sampler]}, guidance {args.guidance:g}"
+        made = f"{len(everything)} pictures, {args.steps} steps of {SAMPLERS[sampler]}, guidance {guidance:g}"
         print(f"{made}: {args.out}/00000.png ..., all on {args.out}/sheet.png")
 
 
@@ -300,7 +303,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=FLOW, help="model folder, or single .safetensors file")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer(s), for a single file")
     parser.add_argument("--steps", type=int, default=4, help="network evaluations per picture (two with guidance)")
-    parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance scale; 1 is none")
+    parser.add_argument(
+        "--guidance", type=float, help="classifier-free guidance scale, 1 for none; default: 4, or what the flow is for"
+    )
     parser.add_argument("--negative-prompt", default="", help="what guidance leads away from")
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: flow for flows, ddim for diffusion models")
     parser.add_argument("--seed", type=int, default=0, help="picture i depends on (seed, i) alone")

@@ -44,6 +44,7 @@ from unet import ResnetBlock, Transformer, UNet
 
 # stage: windows of the student. Its teacher is the student of the stage before; that of the first, a diffusion model.
 STAGES = {1: 8, 2: 4, 3: 2, 4: 1}
+CONDITIONS = "text", "pooled", "time_ids"  # of a batch: what a network is told besides z and tau
 TEACHER_STEPS = 32  # of DDIM over the whole path, where the teacher is a diffusion model
 
 # Settings that depend on the size of the model, by the width of its text: for SD1.5 and SDXL as PeRFlow published them,
@@ -95,7 +96,7 @@ def velocity_of(sd: StableDiffusion, unet: nn.Module, batch: dict, windows: int)
 
 
 def epsilon_of(unet: nn.Module, batch: dict, shift: int) -> reflow.Network:
-    """(z, tau) -> what the UNet sees as noise, fp32; guidance is 1 in training, so this is one evaluation."""
+    """(z, tau) -> what the UNet sees as noise, fp32; without guidance, so this is one evaluation."""
     dtype = next(unet.parameters()).dtype
 
     def epsilon(z: Tensor, tau: Tensor) -> Tensor:
@@ -104,12 +105,35 @@ def epsilon_of(unet: nn.Module, batch: dict, shift: int) -> reflow.Network:
     return epsilon
 
 
-def teacher_solver(sd: StableDiffusion, batch: dict) -> Callable[[Tensor, Tensor], Tensor]:
-    """(z, grid) -> where the teacher leads: DDIM of a diffusion model, Euler steps of a flow (see `solve_window`)."""
+def teacher_solver(sd: StableDiffusion, batch: dict, guidance: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """(z, grid) -> where the teacher leads: DDIM of a diffusion model, Euler steps of a flow (see `solve_window`).
+
+    The paper's guidance is 1. With more, at twice the evaluations, the path that is learned holds it for good, and the
+    flow is sampled without: `--teacher-guidance`.
+    """
+    if guidance != 1:
+        batch = {name: batch[name] for name in CONDITIONS} | {
+            name: torch.cat([empty.expand_as(batch[name]), batch[name]]) for name, empty in empty_prompt(sd).items()
+        }
+        batch["time_ids"] = None if batch["time_ids"] is None else batch["time_ids"].repeat(2, 1)
     batch = batch | {"text": sd.unet.text_keys_values(batch["text"])}  # computed once for all steps
+    alone = epsilon_of(sd.unet, batch, shift=0 if sd.windows else 1)
+
+    def guided(z: Tensor, tau: Tensor) -> Tensor:
+        negative, positive = alone(torch.cat([z, z]), torch.cat([tau, tau])).chunk(2)
+        return negative + guidance * (positive - negative)
+
+    epsilon = alone if guidance == 1 else guided
     if sd.windows is None:
-        return lambda z, grid: reflow.ddim(epsilon_of(sd.unet, batch, shift=1), z, sd.alphas_cumprod, grid)
-    return lambda z, grid: reflow.euler(velocity_of(sd, sd.unet, batch, sd.windows), z, grid)
+        return lambda z, grid: reflow.ddim(epsilon, z, sd.alphas_cumprod, grid)
+    velocity = reflow.as_velocity(epsilon, sd.alphas_cumprod, sd.windows, sd.prediction_type)
+    return lambda z, grid: reflow.euler(velocity, z, grid)
+
+
+def empty_prompt(sd: StableDiffusion) -> dict[str, Tensor]:
+    """What guidance leads away from, as one row of `text` and, for SDXL, of `pooled`."""
+    text, pooled = sd.encode_prompt([""])
+    return {"text": text} | ({} if pooled is None else {"pooled": pooled})
 
 
 def solver_steps(sd: StableDiffusion, windows: int, steps: int | None) -> int:
@@ -151,11 +175,19 @@ def prepare(sd: StableDiffusion, items: dict, device: torch.device) -> dict:
     }
 
 
-def loss_of(student: nn.Module, teacher: StableDiffusion, batch: dict, windows: int, steps: int, alpha: float):
-    """The loss of a stage on a prepared batch, and its two parts (DESIGN: one training triple per point)."""
+def loss_of(
+    student: nn.Module,
+    teacher: StableDiffusion,
+    batch: dict,
+    windows: int,
+    steps: int,
+    alpha: float,
+    guidance: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a stage on a prepared batch, and its two parts: one training triple per point."""
     with torch.no_grad():
         path = reflow.solve_window(
-            teacher_solver(teacher, batch), batch["z_0"], batch["noise"], batch["tau"][:, 0], windows, steps,
+            teacher_solver(teacher, batch, guidance), batch["z_0"], batch["noise"], batch["tau"][:, 0], windows, steps,
             teacher.alphas_cumprod,
         )  # fmt: skip
         points = batch["tau"].shape[1]  # a solved path is dear, so it may serve for several points
@@ -163,8 +195,7 @@ def loss_of(student: nn.Module, teacher: StableDiffusion, batch: dict, windows: 
         tau = batch["tau"].flatten()
         z_t, v = reflow.straight_line(*path, tau)
     conditions = {
-        name: None if batch[name] is None else batch[name].repeat_interleave(points, dim=0)
-        for name in ("text", "pooled", "time_ids")
+        name: None if batch[name] is None else batch[name].repeat_interleave(points, dim=0) for name in CONDITIONS
     }
     return decomposed_velocity_loss(velocity_of(teacher, student, conditions, windows)(z_t, tau), v, alpha)
 
@@ -230,11 +261,12 @@ def load_checkpoint(run: Path, parts: dict[str, object], settings: dict, device:
     return state["step"]
 
 
-def flow_scheduler(teacher: StableDiffusion, windows: int) -> dict:
-    """The scheduler settings that make a flow of a model, as PeRFlow's tools read them."""
+def flow_scheduler(teacher: StableDiffusion, windows: int, guidance: float = 1.0) -> dict:
+    """The scheduler settings that make a flow of a model, as PeRFlow's tools read them; and the guidance that its paths
+    hold, which `sample.py` looks at."""
     form = teacher.prediction_type if teacher.windows else "ddim_eps"
     flow = {"_class_name": "PeRFlowScheduler", "num_time_windows": windows, "prediction_type": form}
-    return teacher.configs["scheduler"] | flow
+    return teacher.configs["scheduler"] | flow | ({} if guidance == 1 else {"trained_guidance": guidance})
 
 
 def save_flow(unet: UNet, scheduler: dict, base: Path, out: Path, dtype: torch.dtype) -> None:
@@ -267,7 +299,7 @@ class Log:
     def __init__(self, run: Path, step: int, args: argparse.Namespace, quiet: bool):
         self.file, self.every, self.quiet = run / "log.jsonl", args.log_every, quiet
         self.sums, self.count, self.since = None, 0, time.time()
-        self.bar = tqdm(total=args.iters, initial=step, disable=quiet, desc=f"stage {args.stage}")
+        self.bar = tqdm(total=args.iters, initial=step, disable=quiet, desc=args.name)
         if not quiet:  # what a resumed run does again is not to be in the log twice
             kept = [line for line in self.lines() if json.loads(line)["step"] <= step]
             checkpoint.write_text(self.file, "".join(kept))
@@ -371,7 +403,8 @@ def source_of(args: argparse.Namespace, latent: tuple[int, ...], sd: StableDiffu
 def draw_sheet(teacher: StableDiffusion, average: UNet, args: argparse.Namespace, file: Path) -> None:
     """The same pictures every time, by the student of now: one step per window, at least 4."""
     flow = copy.copy(teacher)
-    flow.unet, flow.configs = average, teacher.configs | {"scheduler": flow_scheduler(teacher, args.windows)}
+    flow.unet = average
+    flow.configs = teacher.configs | {"scheduler": flow_scheduler(teacher, args.windows, args.teacher_guidance)}
     prompts = sample.read_prompts(args.sample_prompts)[:16]
     with torch.autocast(teacher.device.type, torch.bfloat16, enabled=teacher.device.type != "cpu"):
         images = sample.generate(flow, prompts, max(args.windows, 4), args.guidance, seed=0, size=args.size)
@@ -414,7 +447,8 @@ def run(args: argparse.Namespace) -> None:
     first, count = start * args.accumulate, (args.iters - start) * args.accumulate
     items = iter(data.batches(samples, first, count, args.batch_size, process.rank, process.world, args.workers))
     log = Log(folder, start, args, quiet=process.rank > 0)
-    evaluations = process.world * args.accumulate * args.batch_size * (steps + 3 * args.points)
+    each = steps * (1 if args.teacher_guidance == 1 else 2) + 3 * args.points  # a backward pass counts as two
+    evaluations = process.world * args.accumulate * args.batch_size * each
     stop = Stop()
 
     with closing(log.bar):  # so that what is said after an error has a line of its own
@@ -429,7 +463,9 @@ def run(args: argparse.Namespace) -> None:
                 wait = process.world > 1 and part < args.accumulate - 1  # gradients travel once, with the last part
                 with network.no_sync() if wait else nullcontext():
                     with torch.autocast(process.device.type, torch.bfloat16, enabled=low == torch.bfloat16):
-                        loss, both = loss_of(network, teacher, batch, args.windows, steps, args.alpha)
+                        loss, both = loss_of(
+                            network, teacher, batch, args.windows, steps, args.alpha, args.teacher_guidance
+                        )
                     (loss / args.accumulate).backward()
                 numbers[:3] += torch.stack([loss.detach(), both["mse"], both["cos"]]) / args.accumulate
             norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)  # of the average: all processes have the same
@@ -453,7 +489,8 @@ def run(args: argparse.Namespace) -> None:
                 raise KeyboardInterrupt
     stop.restore()
     if process.rank == 0:
-        save_flow(average, flow_scheduler(teacher, args.windows), args.teacher, result, getattr(torch, args.save_dtype))
+        scheduler = flow_scheduler(teacher, args.windows, args.teacher_guidance)
+        save_flow(average, scheduler, args.teacher, result, getattr(torch, args.save_dtype))
         print(f"{result} is ready: python sample.py --model {result} --steps {max(args.windows, 4)} --prompt ...")
     if process.world > 1:
         dist.barrier()
@@ -472,7 +509,7 @@ def report_divergence(step: int, loss: Tensor, process: Process, folder: Path) -
 
 # What a resumed run must have in common with the interrupted one.
 KEPT = ("teacher", "student", "windows", "alpha", "batch_size", "accumulate", "points", "solver_steps", "lr", "warmup")
-KEPT += ("starts", "cooldown", "ema", "seed", "size", "data", "augment", "iters")
+KEPT += ("starts", "cooldown", "teacher_guidance", "ema", "seed", "size", "data", "augment", "iters")
 
 
 def main() -> None:
@@ -499,6 +536,9 @@ def main() -> None:
     parser.add_argument(
         "--solver-steps", type=int, help="teacher's steps per window; default: its share of 32, or of windows"
     )
+    parser.add_argument(
+        "--teacher-guidance", type=float, default=1.0, help="of the paths that are learned; the paper's is 1"
+    )
     parser.add_argument("--lr", type=float, help="learning rate; default by model")
     parser.add_argument("--warmup", type=int, default=500, help="updates until the learning rate is reached")
     parser.add_argument("--cooldown", type=float, help="share of the updates in which it falls to zero, at the end")
@@ -511,7 +551,7 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=20, help="updates between lines of log.jsonl")
     parser.add_argument("--sample-every", type=int, default=1000, help="updates between sample sheets; 0: none")
     parser.add_argument("--sample-prompts", type=Path, default=Path(__file__).parent / "docs/demo_prompts.txt")
-    parser.add_argument("--guidance", type=float, default=4.0, help="of the sample sheets; in training it is 1")
+    parser.add_argument("--guidance", type=float, help="of the sample sheets; default: as for sample.py")
     parser.add_argument("--save-dtype", choices=["float16", "float32"], default="float16", help="of the result")
     parser.add_argument("--device", help="cpu, cuda, ...; default: this process's GPU if there is one")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, more time")

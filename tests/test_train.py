@@ -298,13 +298,14 @@ def draw(size, points, windows=8):
     return next(iter(data.batches(samples, 0, 1, size, 0, 1, 0)))
 
 
-def loss_by_hand(teacher, student, items, windows, steps, alpha):
+def loss_by_hand(teacher, student, items, windows, steps, alpha, guidance=1):
     """The method in plain words: one sample at a time, one number at a time."""
     abar = teacher.alphas_cumprod.double().tolist()
     squares, misaligned = [], []
     for i, caption in enumerate(items["caption"]):
         text, pooled = teacher.encode_prompt(["" if items["dropped"][i] else caption])
-        conditions = (text, pooled, None if pooled is None else torch.tensor([[64, 64, 0, 0, 64, 64]]))
+        time_ids = None if pooled is None else torch.tensor([[64, 64, 0, 0, 64, 64]])
+        conditions, unconditional = (text, pooled, time_ids), (*teacher.encode_prompt([""]), time_ids)
         mean, log_variance = teacher.vae.encode(items["image"][i : i + 1])
         z_0 = teacher.vae.cfg.scaling_factor * (mean + (log_variance / 2).exp() * items["posterior"][i])
 
@@ -326,7 +327,10 @@ def loss_by_hand(teacher, student, items, windows, steps, alpha):
         z, fine, clock = z_s, windows * steps, 0 if teacher.windows else 1
         for n in range(j * steps, (j - 1) * steps, -1):
             here, there = round(1000 * n / fine), round(1000 * (n - 1) / fine)
-            z = jump(here, there, z, teacher.unet(z, torch.tensor([here - clock]), *conditions))
+            seen, seen_without = (
+                teacher.unet(z, torch.tensor([here - clock]), *told) for told in (conditions, unconditional)
+            )
+            z = jump(here, there, z, guidance * seen + (1 - guidance) * seen_without)
         v = (z - z_s) / ((t_e - t_s) / 1000)
 
         for tau in items["tau"][i].tolist():
@@ -343,17 +347,23 @@ def loss_by_hand(teacher, student, items, windows, steps, alpha):
 
 
 @pytest.mark.parametrize(
-    "model, flow, windows, steps",
+    "model, flow, windows, steps, guidance",
     [
-        ("sd15", None, 8, 4),
-        ("sd15", "ddim_eps", 4, 2),
-        ("sd15", "diff_eps", 4, 2),
-        ("sdxl", None, 8, 4),
+        ("sd15", None, 8, 4, 1),
+        ("sd15", "ddim_eps", 4, 2, 1),
+        ("sd15", "diff_eps", 4, 2, 1),
+        ("sdxl", None, 8, 4, 1),
+        ("sd15", None, 8, 4, 3),
+        ("sd15", "diff_eps", 4, 2, 3),
+        ("sdxl", None, 8, 4, 3),
     ],
-    ids=["diffusion model", "flow", "flow in PeRFlow's form", "SDXL"],
-)
+    ids=[
+        "diffusion model", "flow", "flow in PeRFlow's form", "SDXL",
+        "guided diffusion model", "guided flow", "guided SDXL",
+    ],
+)  # fmt: skip
 @torch.no_grad()
-def test_the_loss_is_that_of_the_method_worked_out_by_hand(request, model, flow, windows, steps):
+def test_the_loss_is_that_of_the_method_worked_out_by_hand(request, model, flow, windows, steps, guidance):
     teacher = StableDiffusion.load(request.getfixturevalue(model))
     if flow:
         teacher.configs["scheduler"] |= FLOW | {"prediction_type": flow}
@@ -362,8 +372,9 @@ def test_the_loss_is_that_of_the_method_worked_out_by_hand(request, model, flow,
     items["dropped"][1] = True
     start, _ = reflow.window_of(items["tau"][:, 0], windows)
     assert len(set(start.tolist())) >= 3 and (items["tau"][:, 0] != items["tau"][:, 1]).all()
-    loss, parts = train.loss_of(student, teacher, train.prepare(teacher, items, CPU), windows, steps, alpha=0.7)
-    expected = loss_by_hand(teacher, student, items, windows, steps, alpha=0.7)
+    batch = train.prepare(teacher, items, CPU)
+    loss, parts = train.loss_of(student, teacher, batch, windows, steps, alpha=0.7, guidance=guidance)
+    expected = loss_by_hand(teacher, student, items, windows, steps, alpha=0.7, guidance=guidance)
     assert [x.item() for x in (loss, parts["mse"], parts["cos"])] == pytest.approx(expected, rel=1e-5)
 
 
@@ -484,6 +495,19 @@ def test_diffusers_opens_the_result_of_a_stage(stages):
         expected = theirs.unet(x, t, text).sample
     torch.testing.assert_close(ours.unet(x, t, text), expected, rtol=1e-4, atol=1e-5)
     assert theirs.scheduler.config.num_time_windows == 8 and theirs.scheduler.config.beta_end == 0.012
+
+
+def test_a_flow_whose_paths_hold_guidance_says_so_and_passes_it_on(sd15):
+    diffusion = StableDiffusion.load(sd15)
+    assert diffusion.guidance == 4
+    flow = StableDiffusion.load(sd15)
+    flow.configs["scheduler"] = train.flow_scheduler(diffusion, 8, guidance=2.5)
+    assert flow.configs["scheduler"]["trained_guidance"] == 2.5 and flow.guidance == 1
+    merged = train.flow_scheduler(flow, 4)
+    assert (merged["num_time_windows"], merged["trained_guidance"]) == (4, 2.5)
+    prompts = ["a red cat", "a cat"]
+    assert np.array_equal(sample.generate(flow, prompts, 8), sample.generate(flow, prompts, 8, guidance_scale=1))
+    assert not np.array_equal(sample.generate(flow, prompts, 8), sample.generate(flow, prompts, 8, guidance_scale=4))
 
 
 def test_the_next_stage_merges_the_windows_of_the_one_before(stages):
