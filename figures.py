@@ -45,7 +45,6 @@ SPLITS = {"validation": VALIDATION, "test": TEST}  # settings are chosen on one,
 def score(args: argparse.Namespace) -> None:
     """A row for every model, number of steps and guidance. Rows are kept in --json, and not made again."""
     clip, seed = ClipScore.load(args.clip, args.device), SPLITS[args.split]
-    captions = [scenes.sample(seed, i)[1] for i in range(args.pictures)]
     drawn = None
     models = [StableDiffusion.load(path, args.device) for path in args.models]
     for (path, sd), steps, guidance in itertools.product(zip(args.models, models), args.steps, args.guidance):
@@ -57,27 +56,49 @@ def score(args: argparse.Namespace) -> None:
             continue
         if drawn is None:
             drawn = statistics((scenes.sample(seed, i)[0] for i in range(args.pictures)), clip)
-        right = [miniature.accuracy(sd, steps, guidance, seed, n, args.count, sampler) for n in (1, 2)]
-        made = np.stack(list(miniature.pictures_of(sd, captions, steps, guidance, seed, sampler)))
-        fit = [clip.score(made[i : i + 100], captions[i : i + 100], "logits") for i in range(0, len(made), 100)]
-        row = key | {
-            "evaluations": steps * (1 if guidance == 1 else 2),
-            "one item": right[0],
-            "two items": right[1],
-            "frechet": round(fid.frechet_distance(*statistics(made, clip), *drawn), 3),
-            "clip": round(torch.cat(fit).mean().item(), 3),
-        }
-        rows = kept(args.json) + [row]  # read again: another `score` may run beside this one
+        row = key | measure(sd, steps, guidance, sampler, seed, args.count, args.pictures, clip, drawn)
         print(
-            f"{row['model']} ({sampler}), {steps} steps, guidance {guidance:g}: one item {right[0]:.1%}, two "
-            f"{right[1]:.1%} of {args.count}; Frechet {row['frechet']:.2f}, CLIP {row['clip']:.2f} of {args.pictures}",
+            f"{row['model']} ({sampler}), {steps} steps, guidance {guidance:g}: one item {row['one item']:.1%}, two "
+            f"{row['two items']:.1%} of {args.count}; Frechet {row['frechet']:.2f}, CLIP {row['clip']:.2f} of "
+            f"{args.pictures}",
             flush=True,
         )
-        checkpoint.write_text(args.json, "[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
+        write_rows(args.json, kept(args.json) + [row])  # read again: another `score` may run beside this one
+
+
+def measure(
+    sd: StableDiffusion,
+    steps: int,
+    guidance: float,
+    sampler: str,
+    seed: int,
+    prompts: int,
+    pictures: int,
+    clip: ClipScore,
+    drawn: tuple[np.ndarray, np.ndarray],
+) -> dict:
+    """A model's scores on captions and noise of this seed: how many of `prompts` prompts that name one item, and of as
+    many that name two, it keeps to; and how close so many pictures are to `drawn` (mean and covariance), and to their
+    captions."""
+    right = [miniature.accuracy(sd, steps, guidance, seed, named, prompts, sampler) for named in (1, 2)]
+    captions = [scenes.sample(seed, i)[1] for i in range(pictures)]
+    made = np.stack(list(miniature.pictures_of(sd, captions, steps, guidance, seed, sampler)))
+    fit = [clip.score(made[i : i + 100], captions[i : i + 100], "logits") for i in range(0, len(made), 100)]
+    return {
+        "evaluations": steps * (1 if guidance == 1 else 2),
+        "one item": right[0],
+        "two items": right[1],
+        "frechet": round(fid.frechet_distance(*statistics(made, clip), *drawn), 3),
+        "clip": round(torch.cat(fit).mean().item(), 3),
+    }
 
 
 def kept(file: Path) -> list[dict]:
     return json.loads(file.read_text()) if file.exists() else []
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    checkpoint.write_text(file, "[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
 
 
 @torch.no_grad()

@@ -1,0 +1,255 @@
+"""The paper's tables in miniature: every method trained at equal cost, with several seeds, scored on the test split.
+
+    python data.py cache --out out/latents                   first, once: what is trained on
+    python experiments.py                                    all methods, three seeds: 5 hours on two cores
+    python experiments.py --methods perflow i --seeds 0      some of it
+    python experiments.py --methods perflow i --cost 60000   the same at less cost: a point of the curve
+    python experiments.py --table                            what came out, into the README and docs/figures/cost.png
+
+Cost is counted in evaluations of a network for one sample: the teacher's steps, and three for each point shown to the
+student, since a backward pass takes twice as long as a forward pass. Earlier stages count, too. A run may be
+interrupted and repeated: what is there is not done again. Read `train.py` and `figures.py` first.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import figures
+import miniature
+import sample
+import scenes
+import train
+from clip_score import ClipScore
+from model import InputError, StableDiffusion
+
+ROOT = Path(__file__).parent
+BATCH, POINTS = 16, 4  # samples of an update, and points shown of each
+GUIDANCE = 2.0  # when sampling; chosen on validation pictures of the teacher, see the README
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of train.py; `share` is its part of the cost, in that of one stage of ProReflow."""
+
+    windows: int
+    share: int = 1
+    alpha: float = 0.1
+    starts: float = 0.5
+    guidance: float = 1.0  # of the teacher's paths
+
+    def __str__(self) -> str:
+        """Its name in the folder of results: what differs from the defaults."""
+        default = Stage(self.windows)
+        fields = ("share", "alpha", "starts", "guidance")
+        told = [f"{name}{getattr(self, name):g}" for name in fields if getattr(self, name) != getattr(default, name)]
+        return "-".join([f"w{self.windows}", *told])
+
+    def cost_of_update(self, teacher_windows: int | None) -> int:
+        """Evaluations of the teacher and of the student in one update."""
+        solver = (teacher_windows or train.TEACHER_STEPS) // self.windows * (1 if self.guidance == 1 else 2)
+        return BATCH * (solver + 3 * POINTS)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: its stages, one after the other, the steps it is sampled in, and the paper's FID for each,
+    of table 2 (COCO-2014) and of table 4 (COCO-2017), where there is one."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    steps: dict[int, tuple[float | None, float | None]]
+
+
+EIGHT, FOUR, TWO, ONE = Stage(8), Stage(4), Stage(2), Stage(1)
+METHODS = {
+    "perflow": Method("PeRFlow: 4 windows at once, plain loss", (Stage(4, 2, 0),), {4: (12.01, 23.81)}),
+    "i": Method("**ProReflow-I**: 8, then 4 windows", (EIGHT, FOUR), {4: (11.16, 22.97)}),
+    "at-once": Method("without progressive reflow", (Stage(4, 2),), {4: (None, 23.46)}),
+    "plain": Method("without the direction's loss", (Stage(8, alpha=0), Stage(4, alpha=0)), {4: (None, 23.09)}),
+    "reflow": Method("reflow: 1 window at once, plain loss", (Stage(1, 2, 0),), {4: (15.32, None), 1: (None, None)}),
+    "ii": Method("**ProReflow-II**: 8, 4, 2 windows", (EIGHT, FOUR, TWO), {4: (10.70, None), 2: (15.44, None)}),
+    "two": Method("2 windows at once, plain loss", (Stage(2, 3, 0),), {2: (None, None)}),
+    "one": Method("one step: 8, 4, 2, 1 windows", (EIGHT, FOUR, TWO, ONE), {1: (None, None)}),
+    "perflow-even": Method("PeRFlow, times drawn evenly", (Stage(4, 2, 0, 0),), {4: (12.01, 23.81)}),
+    "i-even": Method("ProReflow-I, times drawn evenly", (Stage(8, starts=0), Stage(4, starts=0)), {4: (11.16, 22.97)}),
+    "i-guided": Method("ProReflow-I on guided paths", (Stage(8, guidance=GUIDANCE), FOUR), {4: (None, None)}),
+}
+SOLVERS = {"ddim": (32, 8, 4, 2, 1), "dpm++": (8, 4)}  # the teacher itself
+PAPER = {("ddim", 32): 10.05, ("dpm++", 4): 22.36}  # table 2
+
+
+# ---- Training and scoring -------------------------------------------------------------------------------------------
+
+
+def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> tuple[Path, int]:
+    """The folder of a method's flow, and its cost in evaluations; trains the stages that are not there yet."""
+    folder, total, windows = args.teacher, 0, None
+    out, names = args.out / f"cost-{cost}" / f"seed-{seed}", []
+    for stage in method.stages:
+        names.append(str(stage))
+        each = stage.cost_of_update(windows)
+        iters = max(round(stage.share * cost / each), 1)
+        total, teacher, folder, windows = total + iters * each, folder, out / "_".join(names), stage.windows
+        if folder.exists():
+            continue
+        cores = os.cpu_count() or 1
+        processes = 1 if torch.cuda.is_available() or cores < 2 else 2
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        command += [ROOT / "train.py", "--windows", stage.windows, "--teacher", teacher, "--name", folder.name]
+        command += ["--alpha", stage.alpha, "--starts", stage.starts, "--teacher-guidance", stage.guidance]
+        command += ["--iters", iters, "--warmup", min(100, iters // 4), "--seed", seed, "--points", POINTS]
+        command += ["--batch-size", BATCH // processes, "--data", args.data, "--out", out, "--sample-every", 0]
+        print(f"seed {seed}, cost {cost}: {folder.name}, {iters} updates", flush=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(cores // processes, 1))}
+        if subprocess.run([str(part) for part in [*command, "--resume"]], env=environment).returncode:
+            raise InputError(f"training {folder} ended early, see above; the same command goes on from there")
+    return folder, total
+
+
+def measure(sd: StableDiffusion, steps: int, sampler: str, args: argparse.Namespace) -> dict:
+    """A model's scores on the test split."""
+    clip, seed = ClipScore.load(args.clip, args.device), miniature.TEST
+    reference = args.out / f"drawn-{args.pictures}.npz"
+    if not reference.exists():
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        mean, covariance = miniature.statistics((scenes.sample(seed, i)[0] for i in range(args.pictures)), clip)
+        np.savez(reference.with_suffix(".partial.npz"), mean=mean, covariance=covariance)
+        os.replace(reference.with_suffix(".partial.npz"), reference)
+    with np.load(reference) as file:
+        drawn = file["mean"], file["covariance"]
+    guidance = 1.0 if sd.guidance == 1 else GUIDANCE
+    began = time.time()
+    scores = figures.measure(sd, steps, guidance, sampler, seed, args.prompts, args.pictures, clip, drawn)
+    return scores | {"guidance": guidance, "seconds": round(time.time() - began)}
+
+
+def run(args: argparse.Namespace) -> None:
+    if not (args.data / "made_of.json").exists():
+        raise InputError(f"{args.data} holds no latents; make them: python data.py cache --out {args.data}")
+    sizes = {"prompts": args.prompts, "pictures": args.pictures}
+    for solver in SOLVERS:
+        for steps in SOLVERS[solver]:
+            key = {"method": solver, "steps": steps, **sizes}
+            if not known(key, args.json):
+                keep(key | measure(StableDiffusion.load(args.teacher, args.device), steps, solver, args), args.json)
+    for cost in args.cost:
+        for seed in args.seeds:
+            for name in args.methods:
+                folder, total = trained(METHODS[name], seed, cost, args)
+                for steps in METHODS[name].steps:
+                    key = {"method": name, "steps": steps, "seed": seed, "cost of a stage": cost, **sizes}
+                    if not known(key, args.json):
+                        scores = measure(StableDiffusion.load(folder, args.device), steps, "flow", args)
+                        keep(key | {"training": total} | scores, args.json)
+
+
+def known(key: dict, file: Path) -> bool:
+    return any(key.items() <= row.items() for row in figures.kept(file))
+
+
+def keep(row: dict, file: Path) -> None:
+    row = row | {"torch": torch.__version__}
+    print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    figures.write_rows(file, figures.kept(file) + [row])
+
+
+# ---- The table, and the curve of cost -------------------------------------------------------------------------------
+
+MARKS = "<!-- experiments: python experiments.py --table -->\n", "<!-- end of experiments -->"
+COLUMNS = {"one item": ".1%", "two items": ".1%", "frechet": ".2f", "clip": ".2f"}
+HEAD = (
+    "| method | steps | evaluations | training | one item | two items | Frechet | / teacher's | CLIP | paper's FID |\n"
+)
+
+
+def spread(rows: list[dict], column: str, form: str) -> str:
+    """Mean over seeds, and the standard deviation of a single seed."""
+    values = [row[column] for row in rows]
+    text = f"{statistics.mean(values):{form}}"
+    return text + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
+
+
+def table(rows: list[dict], cost: int) -> str:
+    """The rows at one cost, as the README shows them."""
+    [teacher] = [row["frechet"] for row in rows if (row["method"], row["steps"]) == ("ddim", 32)]
+    lines = [(sampler, sampler, n, PAPER.get((sampler, n))) for sampler in SOLVERS for n in SOLVERS[sampler]]
+    for name, method in METHODS.items():
+        for n, figures_of_paper in method.steps.items():
+            told = [f"{fid:.2f}" for fid in figures_of_paper if fid]
+            lines.append((name, method.name, n, " / ".join(told)))
+    names = {"ddim": "the teacher, DDIM", "dpm++": "the teacher, DPM-Solver++"}
+    text = HEAD + "|---|---|---|---|---|---|---|---|---|---|\n"
+    for key, name, n, paper in lines:
+        of_this = [r for r in rows if (r["method"], r["steps"]) == (key, n) and r.get("cost of a stage", cost) == cost]
+        if not of_this:
+            continue
+        shown = [spread(of_this, column, form) for column, form in COLUMNS.items()]
+        shown.insert(3, f"{statistics.mean(row['frechet'] for row in of_this) / teacher:.2f}")
+        training = f"{of_this[0]['training'] / 1e6:.2f} M" if "training" in of_this[0] else ""
+        first = [names.get(key, name), str(n), str(of_this[0]["evaluations"]), training]
+        text += "| " + " | ".join([*first, *shown, str(paper or "")]) + " |\n"
+    return text
+
+
+def curve(rows: list[dict], file: Path) -> None:
+    """Frechet distance over the cost of training, PeRFlow's against the progressive stages'."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(4, 3))
+    for name in "perflow", "i":
+        points = {}
+        for row in rows:
+            if row["method"] == name and row["steps"] == 4:
+                points.setdefault(row["training"], []).append(row["frechet"])
+        cost = sorted(points)
+        axis.errorbar(
+            [c / 1e6 for c in cost],
+            [statistics.mean(points[c]) for c in cost],
+            [statistics.stdev(points[c]) if len(points[c]) > 1 else 0 for c in cost],
+            marker="o",
+            label=METHODS[name].name.replace("*", ""),
+        )
+    axis.set_xscale("log")
+    axis.set_xlabel("training, million evaluations")
+    axis.set_ylabel("Frechet distance, 4 steps")
+    axis.legend(fontsize=7)
+    figures.save(figure, file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the table")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
+    parser.add_argument("--cost", type=int, nargs="+", default=[125_000], help="evaluations in one stage of ProReflow")
+    parser.add_argument("--teacher", type=Path, default=sample.MINIATURE, help="the diffusion model")
+    parser.add_argument("--data", type=Path, default=Path("out/latents"), help="its cached latents")
+    parser.add_argument("--prompts", type=int, default=500, help="of each kind, to judge")
+    parser.add_argument("--pictures", type=int, default=5000, help="of a Frechet distance")
+    parser.add_argument("--clip", type=Path, default=ROOT / "weights/miniature-clip")
+    parser.add_argument("--out", type=Path, default=Path("out/experiments"), help="folder of the trained flows")
+    parser.add_argument("--json", type=Path, default=ROOT / "docs/results/experiments.json", help="where rows are kept")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--table", action="store_true", help="no run: what --json holds, into the README")
+    args = parser.parse_args()
+    with checkpoint.one_line_errors(parser, "stopped; the same command goes on where it was"):
+        if not args.table:
+            run(args)
+        elif not (rows := figures.kept(args.json)):
+            raise InputError(f"{args.json} holds no rows yet; run the experiments first")
+        else:
+            checkpoint.write_between(figures.README, MARKS, table(rows, max(args.cost)))
+            curve(rows, ROOT / "docs/figures/cost.png")
+
+
+if __name__ == "__main__":
+    main()
