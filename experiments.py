@@ -20,16 +20,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import checkpoint
 import figures
 import miniature
 import sample
-import scenes
 import train
-from clip_score import ClipScore
 from model import InputError, StableDiffusion
 
 ROOT = Path(__file__).parent
@@ -118,18 +115,10 @@ def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> t
 
 def measure(sd: StableDiffusion, steps: int, sampler: str, args: argparse.Namespace) -> dict:
     """A model's scores on the test split."""
-    clip, seed = ClipScore.load(args.clip, args.device), miniature.TEST
-    reference = args.out / f"drawn-{args.pictures}.npz"
-    if not reference.exists():
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        mean, covariance = miniature.statistics((scenes.sample(seed, i)[0] for i in range(args.pictures)), clip)
-        np.savez(reference.with_suffix(".partial.npz"), mean=mean, covariance=covariance)
-        os.replace(reference.with_suffix(".partial.npz"), reference)
-    with np.load(reference) as file:
-        drawn = file["mean"], file["covariance"]
+    clip, drawn = figures.reference(args.clip, args.device, miniature.TEST, args.pictures)
     guidance = 1.0 if sd.guidance == 1 else GUIDANCE
     began = time.time()
-    scores = figures.measure(sd, steps, guidance, sampler, seed, args.prompts, args.pictures, clip, drawn)
+    scores = figures.measure(sd, steps, guidance, sampler, miniature.TEST, args.prompts, args.pictures, clip, drawn)
     return scores | {"guidance": guidance, "seconds": round(time.time() - began)}
 
 

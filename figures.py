@@ -5,6 +5,7 @@
     python figures.py errors MODEL ... --teacher DIR   what a stage has learned, window by window
     python figures.py velocities MODEL ...             figure 1a: how alike velocities of different times are
     python figures.py noise MODEL                      figure 1b: noise on the direction against noise on the magnitude
+    python figures.py guidance MODEL:STEPS ...         figure 3: scores over guidance
     python figures.py paths MODEL ...                  how straight paths are: on a plane, and as a number
     python figures.py side MODEL:STEPS ...             figure 5: the same seeds, side by side
 
@@ -13,6 +14,7 @@ MODEL is a model folder: a diffusion model, which is solved by DDIM, or a flow. 
 """
 
 import argparse
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -44,26 +46,39 @@ SPLITS = {"validation": VALIDATION, "test": TEST}  # settings are chosen on one,
 
 def score(args: argparse.Namespace) -> None:
     """A row for every model, number of steps and guidance. Rows are kept in --json, and not made again."""
-    clip, seed = ClipScore.load(args.clip, args.device), SPLITS[args.split]
-    drawn = None
     models = [StableDiffusion.load(path, args.device) for path in args.models]
     for (path, sd), steps, guidance in itertools.product(zip(args.models, models), args.steps, args.guidance):
-        weights = sample.fingerprint(sd.unet.conv_in.weight, sd.unet.conv_out.weight)
-        sampler = args.sampler or ("flow" if sd.windows else "ddim")
-        key = {"model": path.name, "weights": weights, "sampler": sampler, "steps": steps, "guidance": guidance}
-        key |= {"split": args.split, "prompts": args.count, "pictures": args.pictures}
-        if steps < (sd.windows or 1) or any(key.items() <= row.items() for row in kept(args.json)):
-            continue
-        if drawn is None:
-            drawn = statistics((scenes.sample(seed, i)[0] for i in range(args.pictures)), clip)
-        row = key | measure(sd, steps, guidance, sampler, seed, args.count, args.pictures, clip, drawn)
-        print(
-            f"{row['model']} ({sampler}), {steps} steps, guidance {guidance:g}: one item {row['one item']:.1%}, two "
-            f"{row['two items']:.1%} of {args.count}; Frechet {row['frechet']:.2f}, CLIP {row['clip']:.2f} of "
-            f"{args.pictures}",
-            flush=True,
-        )
-        write_rows(args.json, kept(args.json) + [row])  # read again: another `score` may run beside this one
+        if steps >= (sd.windows or 1):
+            row_of(path.name, sd, steps, guidance, args)
+
+
+def row_of(name: str, sd: StableDiffusion, steps: int, guidance: float, args: argparse.Namespace) -> dict:
+    """The scores of a model, measured now or kept from before."""
+    weights = sample.fingerprint(sd.unet.conv_in.weight, sd.unet.conv_out.weight)
+    sampler = args.sampler or ("flow" if sd.windows else "ddim")
+    key = {"model": name, "weights": weights, "sampler": sampler, "steps": steps, "guidance": guidance}
+    key |= {"split": args.split, "prompts": args.count, "pictures": args.pictures}
+    for row in kept(args.json):
+        if key.items() <= row.items():
+            return row
+    clip, drawn = reference(args.clip, args.device, SPLITS[args.split], args.pictures)
+    row = key | measure(sd, steps, guidance, sampler, SPLITS[args.split], args.count, args.pictures, clip, drawn)
+    print(
+        f"{name} ({sampler}), {steps} steps, guidance {guidance:g}: one item {row['one item']:.1%}, two "
+        f"{row['two items']:.1%} of {args.count}; Frechet {row['frechet']:.2f}, CLIP {row['clip']:.2f} of "
+        f"{args.pictures}",
+        flush=True,
+    )
+    write_rows(args.json, kept(args.json) + [row])  # read again: another `score` may run beside this one
+    return row
+
+
+@functools.cache
+def reference(folder: Path, device: str, seed: int, pictures: int) -> tuple[ClipScore, tuple]:
+    """The CLIP that judges, and the mean and covariance of so many drawn scenes in its features."""
+    clip = ClipScore.load(folder, device)
+    drawn = (scenes.sample(seed, i)[0] for i in tqdm(range(pictures), desc="drawing scenes", leave=False))
+    return clip, statistics(drawn, clip)
 
 
 def measure(
@@ -263,8 +278,8 @@ def noise(args: argparse.Namespace) -> None:
     """Figure 1b: the score when every velocity is off by the same length, in direction only or in magnitude only."""
     import matplotlib.pyplot as plt
 
-    sd, clip = StableDiffusion.load(args.models[0], args.device), ClipScore.load(args.clip, args.device)
-    drawn = statistics((scenes.sample(TEST, i)[0] for i in range(args.pictures)), clip)
+    sd = StableDiffusion.load(args.models[0], args.device)
+    clip, drawn = reference(args.clip, args.device, TEST, args.pictures)
     captions = [scenes.sample(TEST, i)[1] for i in range(args.pictures)]
     grid = reflow.sampling_grid(max(8, sd.windows) if sd.windows else FINE, sd.windows or FINE)
     curves = {"direction": [], "magnitude": []}
@@ -295,6 +310,31 @@ def save(figure, file: Path) -> None:
     print(f"wrote {file}")
 
 
+def guidance(args: argparse.Namespace) -> None:
+    """Figure 3: the Frechet distance, and how many prompts that name one item are kept to, over guidance."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3))
+    for path, steps in map(model_and_steps, args.models):
+        sd = StableDiffusion.load(path, args.device)
+        rows = [row_of(path.name, sd, steps, scale, args) for scale in args.guidance]
+        for axis, column in zip(axes, ("frechet", "one item")):
+            axis.plot(args.guidance, [row[column] for row in rows], marker="o", label=f"{path.name}, {steps} steps")
+    for axis, name in zip(axes, ("Frechet distance", "prompts with one item kept to")):
+        axis.set_xlabel("guidance")
+        axis.set_ylabel(name)
+    axes[0].legend(fontsize=7)
+    save(figure, args.out / "guidance.png")
+
+
+def model_and_steps(spec: Path) -> tuple[Path, int]:
+    """ "DIR:4" -> the folder, and the number of steps it is sampled in."""
+    path, _, steps = str(spec).rpartition(":")
+    if not steps.isdigit():
+        raise InputError(f"{spec}: name a model folder and its steps, as in weights/miniature:32")
+    return Path(path), int(steps)
+
+
 # ---- Side by side ---------------------------------------------------------------------------------------------------
 
 
@@ -302,14 +342,10 @@ def side(args: argparse.Namespace) -> None:
     """Figure 5: a row for each MODEL:STEPS, a column for each prompt; the same noise in every row."""
     prompts = sample.read_prompts(args.prompts)[:8]
     pictures, names = [], []
-    for spec in args.models:
-        path, _, steps = str(spec).rpartition(":")
-        if not steps.isdigit():
-            raise InputError(f"{spec}: name a model folder and its steps, as in weights/miniature:32")
-        sd = StableDiffusion.load(Path(path), args.device)
-        made = sample.generate(sd, prompts, int(steps), args.guidance[0], seed=0)
+    for path, steps in map(model_and_steps, args.models):
+        made = sample.generate(StableDiffusion.load(path, args.device), prompts, steps, args.guidance[0], seed=0)
         pictures += list(made)
-        names += [f"{Path(path).name}, {steps} steps"] + [""] * (len(prompts) - 1)
+        names += [f"{path.name}, {steps} steps"] + [""] * (len(prompts) - 1)
     args.out.mkdir(parents=True, exist_ok=True)
     sample.contact_sheet(pictures, names, len(prompts)).save(args.out / "side.png")
     print(f"wrote {args.out / 'side.png'}")
@@ -321,6 +357,7 @@ COMMANDS = {
     "errors": errors,
     "velocities": velocities,
     "noise": noise,
+    "guidance": guidance,
     "paths": paths,
     "side": side,
 }
@@ -329,9 +366,11 @@ COMMANDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=COMMANDS)
-    parser.add_argument("models", type=Path, nargs="*", help="model folders; for `side` with :STEPS after each")
+    parser.add_argument(
+        "models", type=Path, nargs="*", help="model folders; for `side` and `guidance` with :STEPS after each"
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[4], help="of `score`")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="`score` takes several")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="`score` and `guidance` take several")
     parser.add_argument("--sampler", choices=sample.SAMPLERS, help="of `score`; default: flow or ddim")
     parser.add_argument("--split", choices=SPLITS, default="validation", help="captions and seeds that `score` uses")
     parser.add_argument("--teacher", type=Path, default=sample.MINIATURE, help="of `errors`")

@@ -86,6 +86,16 @@ def test_side_by_side_needs_steps_and_draws_a_row_for_each(tmp_path, capsys):
     assert (tmp_path / "side.png").exists()
 
 
+def test_scores_over_guidance_are_kept_like_any_other(tmp_path):
+    arguments = ["--guidance", 1, 3, "--count", 2, "--pictures", 4, "--out", tmp_path, "--json", tmp_path / "rows.json"]
+    assert run("guidance", f"{MODEL}:1", f"{MODEL}:2", *arguments) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["steps"], row["guidance"]) for row in rows] == [(1, 1.0), (1, 3.0), (2, 1.0), (2, 3.0)]
+    assert (tmp_path / "guidance.png").exists()
+    assert run("score", MODEL, "--steps", 2, *arguments) == 0
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+
+
 def test_pictures_of_paths_and_velocities_are_written_with_their_numbers(tmp_path, capsys):
     for what in "paths", "velocities":
         assert run(what, MODEL, "--count", 6, "--out", tmp_path) == 0

@@ -1,0 +1,121 @@
+"""The experiments: compared methods cost the same, nothing is done twice, and the table says what was measured."""
+
+import json
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+from helpers import exit_code
+
+import data
+import experiments
+import sample
+from experiments import METHODS
+from model import StableDiffusion
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The trainer's command lines; instead of training, each leaves an empty folder."""
+    seen = []
+
+    def train(command, env):
+        told = dict(zip(command, command[1:]))
+        (experiments.Path(told["--out"]) / told["--name"]).mkdir(parents=True)
+        seen.append(told)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", train)
+    return seen
+
+
+def settings(tmp_path):
+    return SimpleNamespace(teacher=sample.MINIATURE, out=tmp_path, data=tmp_path / "latents")
+
+
+@pytest.mark.parametrize("names", [("perflow", "i", "at-once", "plain", "reflow", "i-even"), ("ii", "two")])
+def test_methods_that_are_compared_cost_the_same(tmp_path, commands, names):
+    costs = [experiments.trained(METHODS[name], 0, 250_000, settings(tmp_path))[1] for name in names]
+    assert max(costs) < 1.002 * min(costs)
+    shares = sum(stage.share for stage in METHODS[names[0]].stages)
+    assert costs[0] == pytest.approx(shares * 250_000, rel=0.002)
+
+
+def test_the_cost_of_an_update_counts_teacher_and_student():
+    assert experiments.EIGHT.cost_of_update(None) == 16 * (4 + 12)  # 32 teacher steps over 8 windows
+    assert experiments.FOUR.cost_of_update(8) == 16 * (2 + 12)  # a merging stage: two
+    assert experiments.Stage(4).cost_of_update(None) == 16 * (8 + 12)  # PeRFlow
+    assert experiments.Stage(8, guidance=2).cost_of_update(None) == 16 * (8 + 12)  # with and without the caption
+
+
+def test_a_method_goes_on_from_the_stages_of_another_and_none_is_trained_twice(tmp_path, commands):
+    folder, cost = experiments.trained(METHODS["i"], 0, 9000, settings(tmp_path))
+    assert [told["--windows"] for told in commands] == ["8", "4"]
+    assert commands[0]["--teacher"] == str(sample.MINIATURE)
+    assert commands[1]["--teacher"] == str(folder.parent / commands[0]["--name"])
+    again, more = experiments.trained(METHODS["ii"], 0, 9000, settings(tmp_path))
+    assert [told["--windows"] for told in commands] == ["8", "4", "2"]
+    assert commands[2]["--teacher"] == str(folder) and more > cost and again != folder
+    experiments.trained(METHODS["plain"], 0, 9000, settings(tmp_path))  # the same windows, another loss
+    experiments.trained(METHODS["i"], 1, 9000, settings(tmp_path))  # another seed
+    assert [(told["--alpha"], told["--seed"]) for told in commands[3:]] == [("0", "0")] * 2 + [("0.1", "1")] * 2
+
+
+def test_a_methods_settings_reach_the_trainer(tmp_path, commands):
+    experiments.trained(METHODS["perflow-even"], 2, 20_000, settings(tmp_path))
+    experiments.trained(METHODS["i-guided"], 2, 20_000, settings(tmp_path))
+    even, guided, merged = commands
+    assert (even["--windows"], even["--alpha"], even["--starts"], even["--teacher-guidance"]) == ("4", "0", "0", "1.0")
+    assert (guided["--teacher-guidance"], merged["--teacher-guidance"]) == ("2.0", "1.0")
+
+
+def test_a_failed_training_ends_the_run_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
+    with pytest.raises(experiments.InputError, match="the same command goes on"):
+        experiments.trained(METHODS["i"], 0, 9000, settings(tmp_path))
+
+
+def test_a_method_is_trained_scored_and_then_known(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "SOLVERS", {"ddim": (2,)})
+    command = ["--methods", "i", "--seeds", 3, "--cost", 256, "--prompts", 1, "--pictures", 4, "--device", "cpu"]
+    command += ["--out", tmp_path / "out", "--data", tmp_path / "latents", "--json", tmp_path / "rows.json"]
+    assert exit_code(experiments, *command) == 2
+    assert "holds no latents; make them: python data.py cache" in capsys.readouterr().err
+    data.cache(StableDiffusion.load(sample.MINIATURE).vae, data.Scenes(0), 32, tmp_path / "latents")
+    assert exit_code(experiments, *command) == 0
+    teacher, ours = json.loads((tmp_path / "rows.json").read_text())
+    assert (teacher["method"], teacher["steps"], teacher["evaluations"]) == ("ddim", 2, 4)
+    assert (ours["method"], ours["seed"], ours["training"]) == ("i", 3, 16 * 16 + 16 * 14)
+    assert StableDiffusion.load(tmp_path / "out/cost-256/seed-3/w8_w4").windows == 4
+    monkeypatch.setattr(subprocess, "run", None)
+    monkeypatch.setattr(experiments, "measure", None)
+    assert exit_code(experiments, *command) == 0
+
+
+def row(method, steps, frechet, **more):
+    return {"method": method, "steps": steps, "evaluations": 2 * steps, "one item": 0.5, "two items": 0.25} | {
+        "frechet": frechet, "clip": 50.0, **more
+    }  # fmt: skip
+
+
+def test_the_table_tells_means_and_spreads_of_one_cost_alone():
+    flow = {"cost of a stage": 9, "training": 2_000_000}
+    rows = [row("ddim", 32, 8.0), row("i", 4, 10.0, seed=0, **flow), row("i", 4, 14.0, seed=1, **flow)]
+    rows.append(row("i", 4, 99.0, seed=0, **flow | {"cost of a stage": 1}))
+    lines = experiments.table(rows, 9).splitlines()
+    assert lines[2] == "| the teacher, DDIM | 32 | 64 |  | 50.0% | 25.0% | 8.00 | 1.00 | 50.00 | 10.05 |"
+    i = "| **ProReflow-I**: 8, then 4 windows | 4 | 8 | 2.00 M | 50.0% ± 0.0% | 25.0% ± 0.0% | 12.00 ± 2.83 | 1.50 "
+    assert lines[3] == i + "| 50.00 ± 0.00 | 11.16 / 22.97 |" and len(lines) == 4
+
+
+def test_the_readme_shows_what_was_measured():
+    rows = experiments.figures.kept(experiments.ROOT / "docs/results/experiments.json")
+    readme = (experiments.ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.split(experiments.MARKS[0])[1].split(experiments.MARKS[1])[0]
+    assert shown == experiments.table(rows, 125_000)
+
+
+def test_the_curve_of_cost_is_drawn(tmp_path):
+    rows = [row(name, 4, 9.0, training=cost, seed=0) for name in ("perflow", "i") for cost in (1e6, 2e6)]
+    experiments.curve(rows, tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").stat().st_size > 1000
