@@ -13,6 +13,7 @@ Needs requirements-dev.txt for the peers. Weights are random; only shapes and dt
 """
 
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import shutil
@@ -171,34 +172,46 @@ def bench_data(args: argparse.Namespace) -> list[dict]:
 
 
 def compare(what: str, sides: dict[str, Callable[[], object]], runs: int, device: str) -> dict:
-    """Seconds and, on a GPU, peak memory of ours and of a peer: once each to warm up, then in turns, so that both meet
-    the same machine. The ratio is of the medians; the spread, the ratios of single runs."""
-    cuda = device.startswith("cuda")
-    seconds, peaks = {side: [] for side in sides}, {}
+    """Seconds of ours and of a peer, and the memory that a call takes at its peak beyond what was taken before: once
+    each to warm up, then in turns, so that both meet the same machine. The ratio is of the medians; the spread, the
+    ratios of single runs."""
+    seconds, peaks = {side: [] for side in sides}, {side: [] for side in sides}
     for run in range(runs + 1):
         for side, call in sides.items():
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
+            before = memory(device, reset=True)[0]
             start = time.perf_counter()
-            call()
-            if cuda:
-                torch.cuda.synchronize()
-                peaks[side] = torch.cuda.max_memory_allocated()
+            result = call()
+            peak = memory(device)[1] - before  # on a GPU, this also waits for it
             if run:
                 seconds[side].append(time.perf_counter() - start)
+                peaks[side].append(peak)
+            del result
     ours, peer = (statistics.median(times) for times in seconds.values())
     single = sorted(a / b for a, b in zip(*seconds.values()))
     row = {"what": what, "peer": list(sides)[1], "ours": ours, "theirs": peer, "ratio": ours / peer}
     row |= {"spread": [single[0], single[-1]], "runs": runs, "device": device, "threads": torch.get_num_threads()}
-    row |= {"peak bytes": peaks} if cuda else {}
+    row["peak MiB"] = [round(statistics.median(bytes_) / 2**20) for bytes_ in peaks.values()]
     print(
         f"{what}: ours {ours:.3f} s, {row['peer']} {peer:.3f} s, ratio {ours / peer:.2f} "
-        f"({single[0]:.2f} to {single[-1]:.2f})"
-        + "".join(f", {side} {n / 2**30:.2f} GiB" for side, n in peaks.items()),
+        f"({single[0]:.2f} to {single[-1]:.2f}), peak {row['peak MiB'][0]} and {row['peak MiB'][1]} MiB",
         flush=True,
     )
     return row
+
+
+def memory(device: str, reset: bool = False) -> tuple[int, int]:
+    """Bytes that are taken now, and the most that were since the last reset: the GPU's, or this process's (Linux)."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    if reset:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = dict(line.split()[:2] for line in lines if line.startswith(("VmRSS", "VmHWM")))
+    return int(kilobytes["VmRSS:"]) * 1024, int(kilobytes["VmHWM:"]) * 1024
 
 
 def plain(settings: dict) -> dict:
@@ -338,7 +351,7 @@ MARKS = "<!-- speed: python bench.py table -->\n", "<!-- end of speed -->"
 
 def table() -> str:
     """What was measured last, docs/results/bench-*.json, as the README shows it."""
-    lines = ["| what | peer | ours | peer's | ratio (single runs) |", "|---|---|---|---|---|"]
+    lines = ["| what | peer | ours | peer's | ratio (single runs) | peak memory, ratio |", "|---|---|---|---|---|---|"]
     made = set()
     for file in sorted(RESULTS.glob("bench-*.json")):
         content = json.loads(file.read_text())
@@ -348,9 +361,14 @@ def table() -> str:
             low, high = row["spread"]
             lines.append(
                 f"| {row['what']} | {row['peer']} | {row['ours']:.3g} s | {row['theirs']:.3g} s "
-                f"| {row['ratio']:.2f} ({low:.2f} to {high:.2f}) |"
+                f"| {row['ratio']:.2f} ({low:.2f} to {high:.2f}) | {peak_ratio(row)} |"
             )
     return "\n".join([*lines, "", *sorted(made), ""])
+
+
+def peak_ratio(row: dict) -> str:
+    ours, peers = row.get("peak MiB", (0, 0))
+    return f"{ours / peers:.2f}" if peers > 10 else ""  # less is chance
 
 
 def write_table(args: argparse.Namespace) -> list:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import checkpoint
 import sample
 from checkpoint import InputError
-from clip_text import ClipText, ClipTextConfig, Encoder, Tokenizer
+from clip_text import ClipText, ClipTextConfig, Encoder, Tokenizer, embedding
 from convert import as_stored
 
 PUBLISHED = "openai/clip-vit-large-patch14 and laion/CLIP-ViT-g-14-laion2B-s12B-b42K on the Hugging Face hub are some"
@@ -74,7 +74,7 @@ class VisionEmbeddings(nn.Module):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.randn(cfg.hidden_size) * cfg.hidden_size**-0.5)
         self.patch_embedding = nn.Conv2d(3, cfg.hidden_size, cfg.patch_size, stride=cfg.patch_size, bias=False)
-        self.position_embedding = nn.Embedding((cfg.image_size // cfg.patch_size) ** 2 + 1, cfg.hidden_size)
+        self.position_embedding = embedding((cfg.image_size // cfg.patch_size) ** 2 + 1, cfg.hidden_size)
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, 3, H, W) -> (B, P, D)

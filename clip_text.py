@@ -138,13 +138,19 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
+def embedding(count: int, width: int) -> nn.Embedding:
+    """Vectors of zeros, to be loaded, or drawn by who trains them. Drawing them here would make `checkpoint.build`,
+    whose networks have no memory yet, import torch._dynamo: a third of the time that a program takes to start."""
+    return nn.Embedding.from_pretrained(torch.zeros(count, width), freeze=False)
+
+
 class Embeddings(nn.Module):
     """A vector for every token id, plus a vector for every place in the sentence."""
 
     def __init__(self, cfg: ClipTextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.position_embedding = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
+        self.token_embedding = embedding(cfg.vocab_size, cfg.hidden_size)
+        self.position_embedding = embedding(cfg.max_position_embeddings, cfg.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]  # (B, L) -> (B, L, D)

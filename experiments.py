@@ -4,7 +4,8 @@
     python experiments.py                                    all methods, three seeds: 5 hours on two cores
     python experiments.py --methods perflow i --seeds 0      some of it
     python experiments.py --methods perflow i --cost 60000   the same at less cost: a point of the curve
-    python experiments.py --table                            what came out, into the README and docs/figures/cost.png
+    python experiments.py --methods eight-0 eight-1 four-1   points of figure 4: other alphas, 8 and 4 windows
+    python experiments.py --table                            what came out, into the README and docs/figures
 
 Cost is counted in evaluations of a network for one sample: the teacher's steps, and three for each point shown to the
 student, since a backward pass takes twice as long as a forward pass. Earlier stages count, too. A run may be
@@ -81,6 +82,13 @@ METHODS = {
     "i-even": Method("ProReflow-I, times drawn evenly", (Stage(8, starts=0), Stage(4, starts=0)), {4: (11.16, 22.97)}),
     "i-guided": Method("ProReflow-I on guided paths", (Stage(8, guidance=GUIDANCE), FOUR), {4: (None, None)}),
 }
+ALPHAS = (0.0, 0.01, 0.1, 1.0, 10.0)
+FIGURE_4 = {f"eight-{a:g}": Method(f"8 windows, alpha {a:g}", (Stage(8, alpha=a),), {8: (None, None)}) for a in ALPHAS}
+FIGURE_4 |= {
+    f"four-{a:g}": Method(f"8, then 4 windows, alpha {a:g}", (Stage(8, alpha=a), Stage(4, alpha=a)), {4: (None, None)})
+    for a in ALPHAS
+    if a not in (0, 0.1)  # those are in the table
+}
 SOLVERS = {"ddim": (32, 8, 4, 2, 1), "dpm++": (8, 4)}  # the teacher itself
 PAPER = {("ddim", 32): 10.05, ("dpm++", 4): 22.36}  # table 2
 
@@ -134,8 +142,9 @@ def run(args: argparse.Namespace) -> None:
     for cost in args.cost:
         for seed in args.seeds:
             for name in args.methods:
-                folder, total = trained(METHODS[name], seed, cost, args)
-                for steps in METHODS[name].steps:
+                method = (METHODS | FIGURE_4)[name]
+                folder, total = trained(method, seed, cost, args)
+                for steps in method.steps:
                     key = {"method": name, "steps": steps, "seed": seed, "cost of a stage": cost, **sizes}
                     if not known(key, args.json):
                         scores = measure(StableDiffusion.load(folder, args.device), steps, "flow", args)
@@ -215,9 +224,31 @@ def curve(rows: list[dict], file: Path) -> None:
     figures.save(figure, file)
 
 
+def over_alpha(rows: list[dict], cost: int, file: Path) -> None:
+    """Figure 4: Frechet distance over alpha, after the stages of 8 and of 4 windows, sampled in as many steps."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(4, 3))
+    for windows in (8,), (8, 4):
+        points = {}
+        for alpha in ALPHAS:
+            stages = tuple(Stage(w, alpha=alpha) for w in windows)
+            [name] = [name for name, method in (METHODS | FIGURE_4).items() if method.stages == stages]
+            at = {"method": name, "steps": windows[-1], "cost of a stage": cost}
+            points[alpha] = [row["frechet"] for row in rows if at.items() <= row.items()]
+        there = [alpha for alpha in ALPHAS if points[alpha]]
+        means = [statistics.mean(points[alpha]) for alpha in there]
+        axis.plot(there, means, marker="o", label=f"{windows[-1]} windows and steps")
+    axis.set_xscale("symlog", linthresh=0.01)
+    axis.set_xlabel("alpha")
+    axis.set_ylabel("Frechet distance")
+    axis.legend(fontsize=7)
+    figures.save(figure, file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the table")
+    parser.add_argument("--methods", nargs="+", choices=METHODS | FIGURE_4, default=list(METHODS), help="rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
     parser.add_argument("--cost", type=int, nargs="+", default=[125_000], help="evaluations in one stage of ProReflow")
     parser.add_argument("--teacher", type=Path, default=sample.MINIATURE, help="the diffusion model")
@@ -238,6 +269,7 @@ def main() -> None:
         else:
             checkpoint.write_between(figures.README, MARKS, table(rows, max(args.cost)))
             curve(rows, ROOT / "docs/figures/cost.png")
+            over_alpha(rows, max(args.cost), ROOT / "docs/figures/alpha.png")
 
 
 if __name__ == "__main__":

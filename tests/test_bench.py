@@ -4,6 +4,7 @@ import argparse
 import json
 
 import pytest
+import torch
 
 import bench
 
@@ -22,6 +23,15 @@ def test_a_ratio_is_of_medians_and_its_spread_of_single_runs(monkeypatch, capsys
     row = bench.compare("work", {"ours": side("ours"), "peer": side("peer")}, 3, "cpu")
     assert (row["ours"], row["theirs"], row["ratio"], row["spread"]) == (2, 4, 0.5, [0.25, 0.75])
     assert "ratio 0.50 (0.25 to 0.75)" in capsys.readouterr().out
+
+
+def test_the_peak_is_what_a_call_takes_even_if_it_gives_it_back():
+    def takes(mebibytes):
+        return lambda: torch.ones(mebibytes * 2**18).sum()
+
+    row = bench.compare("work", {"ours": takes(64), "peer": takes(192)}, 2, "cpu")
+    assert row["peak MiB"] == [pytest.approx(64, abs=8), pytest.approx(192, abs=8)]
+    assert bench.peak_ratio(row) == "0.33" and bench.peak_ratio({"peak MiB": [1, 2]}) == ""
 
 
 def test_a_merging_stage_asks_its_teacher_twice_and_perflow_eight_times(monkeypatch):

@@ -119,3 +119,13 @@ def test_the_curve_of_cost_is_drawn(tmp_path):
     rows = [row(name, 4, 9.0, training=cost, seed=0) for name in ("perflow", "i") for cost in (1e6, 2e6)]
     experiments.curve(rows, tmp_path / "cost.png")
     assert (tmp_path / "cost.png").stat().st_size > 1000
+
+
+def test_figure_4_has_all_alphas_at_both_numbers_of_windows(tmp_path):
+    methods = METHODS | experiments.FIGURE_4
+    told = {(name.split("-")[0], method.stages[-1].alpha) for name, method in experiments.FIGURE_4.items()}
+    assert told == {("eight", a) for a in (0, 0.01, 0.1, 1, 10)} | {("four", a) for a in (0.01, 1, 10)}
+    at = {"cost of a stage": 9, "training": 9}
+    rows = [row(name, 8 if "eight" in name else 4, 9.0, **at) for name in methods if name != "one"]
+    experiments.over_alpha(rows, 9, tmp_path / "alpha.png")
+    assert (tmp_path / "alpha.png").stat().st_size > 1000

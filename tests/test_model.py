@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import sample
 from model import StableDiffusion
 
 load = StableDiffusion.load
@@ -351,3 +354,10 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(sd15, tokenizer, tmp_path)
     folder = shutil.copytree(tokenizer, tmp_path / "tokenizer")
     write(folder / "vocab.json", read(folder / "vocab.json") | {"dog</w>": 523})
     assert "the tokenizer knows 524 tokens, the text_encoder 523" in refusal(load, sd15, tokenizer=folder)
+
+
+def test_loading_a_model_does_not_import_the_compiler():
+    """It would be a third of the time from a program's start to its first picture."""
+    code = "import sys, sample; sample.StableDiffusion.load(sample.MINIATURE); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=sample.MINIATURE.parents[1], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
