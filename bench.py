@@ -7,6 +7,7 @@
     python bench.py start       process start to first picture on the miniature, ours and a diffusers script
     python bench.py frechet     Frechet distance, ours and scipy.linalg.sqrtm's
     python bench.py step        a training iteration of a merging stage, and of PeRFlow's recipe
+    python bench.py growth      sampling over steps, batch and size, training over processes, on the miniature
     python bench.py table       what was measured, into the README
 
 Needs requirements-dev.txt for the peers. Weights are random; only shapes and dtypes matter here.
@@ -16,6 +17,7 @@ import argparse
 import ctypes
 import importlib.metadata
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -345,6 +347,36 @@ def bench_step(args: argparse.Namespace) -> list[dict]:
     return [compare("training iteration to 4 windows, miniature, batch 64", sides, args.runs, args.device)]
 
 
+def bench_growth(args: argparse.Namespace) -> list[dict]:
+    """How cost grows, on the miniature: one thing at a time, with all others as in `usual`. Medians of several runs."""
+    sd, usual, rows = StableDiffusion.load(sample.MINIATURE, args.device), {"steps": 4, "batch": 16, "pixels": 64}, []
+    for name, values in {"steps": (1, 2, 4, 8, 16, 32), "batch": (1, 4, 16, 64), "pixels": (64, 128, 256)}.items():
+        seconds = {}
+        for value in values:
+            at = usual | {name: value}
+            prompts, times = ["a red circle"] * at["batch"], []
+            for _ in range(args.runs + 1):
+                start = time.perf_counter()
+                sample.generate(sd, prompts, at["steps"], size=at["pixels"])
+                times.append(time.perf_counter() - start)
+            seconds[value] = round(1000 * statistics.median(times[1:]) / at["batch"], 2)
+        rows.append({"what": f"sampling, {name}", "unit": "ms per picture", "values": seconds})
+        print(rows[-1], flush=True)
+    shutil.rmtree(args.work / "growth", ignore_errors=True)
+    rates = {}
+    for processes in 1, 2:  # the same batch for each, so that twice as many samples pass with two
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        command += [Path(train.__file__), "--stage", 1, "--name", processes, "--out", args.work / "growth"]
+        command += ["--iters", 60, "--batch-size", 8, "--sample-every", 0, "--device", args.device]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([str(part) for part in command], check=True, capture_output=True, env=environment)
+        log = (args.work / f"growth/{processes}-run/log.jsonl").read_text().splitlines()
+        rates[processes] = round(json.loads(log[-1])["evaluations_per_second"])
+    rows.append({"what": "training stage 1, processes of one thread", "unit": "evaluations/s", "values": rates})
+    print(rows[-1], flush=True)
+    return rows
+
+
 RESULTS = Path(__file__).parent / "docs/results"
 MARKS = "<!-- speed: python bench.py table -->\n", "<!-- end of speed -->"
 
@@ -363,7 +395,11 @@ def table() -> str:
                 f"| {row['what']} | {row['peer']} | {row['ours']:.3g} s | {row['theirs']:.3g} s "
                 f"| {row['ratio']:.2f} ({low:.2f} to {high:.2f}) | {peak_ratio(row)} |"
             )
-    return "\n".join([*lines, "", *sorted(made), ""])
+    growth = RESULTS / "growth.json"
+    for row in json.loads(growth.read_text())["rows"] if growth.exists() else []:
+        told = ", ".join(f"{value} at {at}" for at, value in row["values"].items())
+        made.add(f"{row['what']}: {told} ({row['unit']})")
+    return "\n".join([*lines, "", *(f"- {line}" for line in sorted(made)), ""])
 
 
 def peak_ratio(row: dict) -> str:
@@ -384,7 +420,7 @@ BENCHES = {
     "networks": bench_networks,
     "pipeline": bench_pipeline,
 }
-BENCHES |= {"start": bench_start, "frechet": bench_frechet, "step": bench_step}
+BENCHES |= {"start": bench_start, "frechet": bench_frechet, "step": bench_step, "growth": bench_growth}
 
 
 def about() -> dict:
