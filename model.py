@@ -116,10 +116,15 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 4, h, w) at the UNet's scale -> pictures (B, 3, H, W) in [-1, 1], fp32."""
+        """Latents (B, 4, h, w) at the UNet's scale -> pictures (B, 3, H, W) in [-1, 1], fp32.
+
+        Of all networks the decoder takes the most memory, so it gets a few pictures at a time: as many as have the
+        pixels of one of 512 x 512, or one that is larger.
+        """
         weight = self.vae.decoder.conv_in.weight
-        images = self.vae.decode(latents.to(weight.device, weight.dtype) / self.vae.cfg.scaling_factor)
-        return images.float().clamp(-1, 1)
+        few = max(1, 512**2 // (latents[0, 0].numel() * self.downscale**2))
+        scaled = latents.to(weight.device, weight.dtype) / self.vae.cfg.scaling_factor
+        return torch.cat([self.vae.decode(part).float() for part in scaled.split(few)]).clamp(-1, 1)
 
     @classmethod
     def load(

@@ -356,6 +356,19 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(sd15, tokenizer, tmp_path)
     assert "the tokenizer knows 524 tokens, the text_encoder 523" in refusal(load, sd15, tokenizer=folder)
 
 
+@pytest.mark.parametrize("size, parts", [(8, [5]), (32, [4, 1]), (40, [2, 2, 1]), (72, [1] * 5)])
+def test_pictures_are_decoded_a_few_at_a_time(size, parts):
+    sd, seen = load(sample.MINIATURE), []
+    decode = sd.vae.decode
+    sd.vae.decode = lambda z: seen.append(len(z)) or z.repeat(1, 1, 8, 8)[:, :3]
+    latents = draw(5, 4, size, size)
+    assert sd.decode(latents).shape == (5, 3, 8 * size, 8 * size) and seen == parts
+    sd.vae.decode = decode
+    if size == 32:
+        alone = torch.cat([sd.decode(one[None]) for one in latents])
+        torch.testing.assert_close(sd.decode(latents), alone, rtol=0, atol=1e-4)
+
+
 def test_loading_a_model_does_not_import_the_compiler():
     """It would be a third of the time from a program's start to its first picture."""
     code = "import sys, sample; sample.StableDiffusion.load(sample.MINIATURE); print('torch._dynamo' in sys.modules)"
