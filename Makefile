@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 
-.PHONY: demo test lint parity bench walkthrough miniature train clean
+.PHONY: demo test lint parity bench walkthrough miniature train experiments clean
 
 demo: .venv/ready  ## pictures from prompts, in out/demo/sheet.png
 	$(BIN)/python sample.py --prompts docs/demo_prompts.txt --steps 4 --out out/demo
@@ -32,6 +32,11 @@ walkthrough: .venv/ready  ## run docs/walkthrough.md again
 train: .venv/ready  ## all stages of ProReflow on the miniature, into out/train; may be interrupted and repeated
 	$(BIN)/python data.py cache --out out/latents
 	for stage in 1 2 3 4; do $(BIN)/python train.py --stage $$stage --data out/latents --resume || exit; done
+
+experiments: .venv/ready-dev  ## the paper's tables in miniature, and the README's table anew; may be interrupted, too
+	$(BIN)/python data.py cache --out out/latents
+	$(BIN)/python experiments.py
+	$(BIN)/python experiments.py --table
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

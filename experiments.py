@@ -1,7 +1,7 @@
 """The paper's tables in miniature: every method trained at equal cost, with several seeds, scored on the test split.
 
     python data.py cache --out out/latents                   first, once: what is trained on
-    python experiments.py                                    all methods, three seeds: 5 hours on two cores
+    python experiments.py                                    all methods, three seeds: 4 hours on two cores
     python experiments.py --methods perflow i --seeds 0      some of it
     python experiments.py --methods perflow i --cost 60000   the same at less cost: a point of the curve
     python experiments.py --methods eight-0 eight-1 four-1   points of figure 4: other alphas, 8 and 4 windows
@@ -133,12 +133,15 @@ def measure(sd: StableDiffusion, steps: int, sampler: str, args: argparse.Namesp
 def run(args: argparse.Namespace) -> None:
     if not (args.data / "made_of.json").exists():
         raise InputError(f"{args.data} holds no latents; make them: python data.py cache --out {args.data}")
-    sizes = {"prompts": args.prompts, "pictures": args.pictures}
+    teacher = StableDiffusion.load(args.teacher, args.device)
+    weights = sample.fingerprint(teacher.unet.conv_in.weight, teacher.unet.conv_out.weight)
+    args.out /= weights  # another teacher, other flows
+    sizes = {"teacher": weights, "prompts": args.prompts, "pictures": args.pictures}
     for solver in SOLVERS:
         for steps in SOLVERS[solver]:
             key = {"method": solver, "steps": steps, **sizes}
             if not known(key, args.json):
-                keep(key | measure(StableDiffusion.load(args.teacher, args.device), steps, solver, args), args.json)
+                keep(key | measure(teacher, steps, solver, args), args.json)
     for cost in args.cost:
         for seed in args.seeds:
             for name in args.methods:

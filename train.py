@@ -108,13 +108,9 @@ def teacher_solver(sd: StableDiffusion, batch: dict, guidance: float = 1.0) -> C
     The paper's guidance is 1. With more, at twice the evaluations, the path that is learned holds it for good, and the
     flow is sampled without: `--teacher-guidance`.
     """
-    if guidance != 1:
-        batch = {name: batch[name] for name in CONDITIONS} | {
-            name: torch.cat([empty.expand_as(batch[name]), batch[name]]) for name, empty in empty_prompt(sd).items()
-        }
-        batch["time_ids"] = None if batch["time_ids"] is None else batch["time_ids"].repeat(2, 1)
-    batch = batch | {"text": sd.unet.text_keys_values(batch["text"])}  # computed once for all steps
-    alone = epsilon_of(sd.unet, batch, shift=0 if sd.windows else 1)
+    told = batch if guidance == 1 else without_and_with_caption(sd, batch)
+    told = told | {"text": sd.unet.text_keys_values(told["text"])}  # computed once for all steps
+    alone = epsilon_of(sd.unet, told, shift=0 if sd.windows else 1)
 
     def guided(z: Tensor, tau: Tensor) -> Tensor:
         negative, positive = alone(torch.cat([z, z]), torch.cat([tau, tau])).chunk(2)
@@ -127,10 +123,14 @@ def teacher_solver(sd: StableDiffusion, batch: dict, guidance: float = 1.0) -> C
     return lambda z, grid: reflow.euler(velocity, z, grid)
 
 
-def empty_prompt(sd: StableDiffusion) -> dict[str, Tensor]:
-    """What guidance leads away from, as one row of `text` and, for SDXL, of `pooled`."""
+def without_and_with_caption(sd: StableDiffusion, batch: dict) -> dict:
+    """The conditions of a batch twice over, as classifier-free guidance compares them (`sample.guided_epsilon`)."""
     text, pooled = sd.encode_prompt([""])
-    return {"text": text} | ({} if pooled is None else {"pooled": pooled})
+    twice = {"text": torch.cat([text.expand_as(batch["text"]), batch["text"]]), "pooled": None, "time_ids": None}
+    if pooled is not None:  # SDXL
+        twice["pooled"] = torch.cat([pooled.expand_as(batch["pooled"]), batch["pooled"]])
+        twice["time_ids"] = batch["time_ids"].repeat(2, 1)
+    return twice
 
 
 def solver_steps(sd: StableDiffusion, windows: int, steps: int | None) -> int:

@@ -86,7 +86,8 @@ def test_a_method_is_trained_scored_and_then_known(tmp_path, monkeypatch, capsys
     teacher, ours = json.loads((tmp_path / "rows.json").read_text())
     assert (teacher["method"], teacher["steps"], teacher["evaluations"]) == ("ddim", 2, 4)
     assert (ours["method"], ours["seed"], ours["training"]) == ("i", 3, 16 * 16 + 16 * 14)
-    assert StableDiffusion.load(tmp_path / "out/cost-256/seed-3/w8_w4").windows == 4
+    assert ours["teacher"] == teacher["teacher"]
+    assert StableDiffusion.load(tmp_path / "out" / ours["teacher"] / "cost-256/seed-3/w8_w4").windows == 4
     monkeypatch.setattr(subprocess, "run", None)
     monkeypatch.setattr(experiments, "measure", None)
     assert exit_code(experiments, *command) == 0
