@@ -31,7 +31,7 @@ import train
 from model import InputError, StableDiffusion
 
 ROOT = Path(__file__).parent
-BATCH, POINTS = 16, 4  # samples of an update, and points shown of each
+POINTS = 64  # shown to the student in an update, of 16 paths with 4 points each or of 64 with one
 GUIDANCE = 2.0  # when sampling; chosen on validation pictures of the teacher, see the README
 
 
@@ -43,19 +43,20 @@ class Stage:
     share: int = 1
     alpha: float = 0.1
     starts: float = 0.5
+    points: int = 4  # of each solved path
     guidance: float = 1.0  # of the teacher's paths
 
     def __str__(self) -> str:
         """Its name in the folder of results: what differs from the defaults."""
         default = Stage(self.windows)
-        fields = ("share", "alpha", "starts", "guidance")
+        fields = ("share", "alpha", "starts", "points", "guidance")
         told = [f"{name}{getattr(self, name):g}" for name in fields if getattr(self, name) != getattr(default, name)]
         return "-".join([f"w{self.windows}", *told])
 
     def cost_of_update(self, teacher_windows: int | None) -> int:
         """Evaluations of the teacher and of the student in one update."""
         solver = (teacher_windows or train.TEACHER_STEPS) // self.windows * (1 if self.guidance == 1 else 2)
-        return BATCH * (solver + 3 * POINTS)
+        return POINTS // self.points * solver + 3 * POINTS
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,12 @@ METHODS = {
     "ii": Method("**ProReflow-II**: 8, 4, 2 windows", (EIGHT, FOUR, TWO), {4: (10.70, None), 2: (15.44, None)}),
     "two": Method("2 windows at once, plain loss", (Stage(2, 3, 0),), {2: (None, None)}),
     "one": Method("one step: 8, 4, 2, 1 windows", (EIGHT, FOUR, TWO, ONE), {1: (None, None)}),
-    "perflow-even": Method("PeRFlow, times drawn evenly", (Stage(4, 2, 0, 0),), {4: (12.01, 23.81)}),
-    "i-even": Method("ProReflow-I, times drawn evenly", (Stage(8, starts=0), Stage(4, starts=0)), {4: (11.16, 22.97)}),
+    "perflow-even": Method("PeRFlow, even times", (Stage(4, 2, 0, 0),), {4: (12.01, 23.81)}),
+    "i-even": Method("ProReflow-I, even times", (Stage(8, starts=0), Stage(4, starts=0)), {4: (11.16, 22.97)}),
+    "perflow-starts": Method("PeRFlow, starts alone", (Stage(4, 2, 0, 1, 1),), {4: (None, None)}),
+    "i-starts": Method(
+        "ProReflow-I, starts alone", (Stage(8, 1, 0.1, 1, 1), Stage(4, 1, 0.1, 1, 1)), {4: (None, None)}
+    ),
     "i-guided": Method("ProReflow-I on guided paths", (Stage(8, guidance=GUIDANCE), FOUR), {4: (None, None)}),
 }
 ALPHAS = (0.0, 0.01, 0.1, 1.0, 10.0)
@@ -112,8 +117,17 @@ def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> t
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
         command += [ROOT / "train.py", "--windows", stage.windows, "--teacher", teacher, "--name", folder.name]
         command += ["--alpha", stage.alpha, "--starts", stage.starts, "--teacher-guidance", stage.guidance]
-        command += ["--iters", iters, "--warmup", min(100, iters // 4), "--seed", seed, "--points", POINTS]
-        command += ["--batch-size", BATCH // processes, "--data", args.data, "--out", out, "--sample-every", 0]
+        command += ["--iters", iters, "--warmup", min(100, iters // 4), "--seed", seed, "--points", stage.points]
+        command += [
+            "--batch-size",
+            POINTS // stage.points // processes,
+            "--data",
+            args.data,
+            "--out",
+            out,
+            "--sample-every",
+            0,
+        ]
         print(f"seed {seed}, cost {cost}: {folder.name}, {iters} updates", flush=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(max(cores // processes, 1))}
         if subprocess.run([str(part) for part in [*command, "--resume"]], env=environment).returncode:
