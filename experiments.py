@@ -85,6 +85,11 @@ METHODS = {
     "i-starts": Method(
         "ProReflow-I, starts alone", (Stage(8, 1, 0.1, 1, 1), Stage(4, 1, 0.1, 1, 1)), {4: (None, None)}
     ),
+    "i-guided-starts": Method(
+        "ProReflow-I on guided paths, starts alone",
+        (Stage(8, 1, 0.1, 1, 1, GUIDANCE), Stage(4, 1, 0.1, 1, 1)),
+        {4: (None, None)},
+    ),
     "i-guided": Method("ProReflow-I on guided paths", (Stage(8, guidance=GUIDANCE), FOUR), {4: (None, None)}),
 }
 ALPHAS = (0.0, 0.01, 0.1, 1.0, 10.0)
