@@ -42,8 +42,8 @@ class Stage:
     windows: int
     share: int = 1
     alpha: float = 0.1
-    starts: float = 0.5
-    points: int = 4  # of each solved path
+    starts: float = 0.75
+    points: int = 1  # of each solved path
     guidance: float = 1.0  # of the teacher's paths
 
     def __str__(self) -> str:
@@ -70,27 +70,31 @@ class Method:
 
 
 EIGHT, FOUR, TWO, ONE = Stage(8), Stage(4), Stage(2), Stage(1)
+ALL, HALF, EVEN = {"starts": 1.0}, {"starts": 0.5, "points": 4}, {"starts": 0.0, "points": 4}
 METHODS = {
     "perflow": Method("PeRFlow: 4 windows at once, plain loss", (Stage(4, 2, 0),), {4: (12.01, 23.81)}),
     "i": Method("**ProReflow-I**: 8, then 4 windows", (EIGHT, FOUR), {4: (11.16, 22.97)}),
     "at-once": Method("without progressive reflow", (Stage(4, 2),), {4: (None, 23.46)}),
     "plain": Method("without the direction's loss", (Stage(8, alpha=0), Stage(4, alpha=0)), {4: (None, 23.09)}),
-    "reflow": Method("reflow: 1 window at once, plain loss", (Stage(1, 2, 0),), {4: (15.32, None), 1: (None, None)}),
-    "ii": Method("**ProReflow-II**: 8, 4, 2 windows", (EIGHT, FOUR, TWO), {4: (10.70, None), 2: (15.44, None)}),
+    "ii": Method("**ProReflow-II**: 8, 4, 2 windows", (EIGHT, FOUR, TWO), {2: (15.44, None)}),
     "two": Method("2 windows at once, plain loss", (Stage(2, 3, 0),), {2: (None, None)}),
     "one": Method("one step: 8, 4, 2, 1 windows", (EIGHT, FOUR, TWO, ONE), {1: (None, None)}),
-    "perflow-even": Method("PeRFlow, even times", (Stage(4, 2, 0, 0),), {4: (12.01, 23.81)}),
-    "i-even": Method("ProReflow-I, even times", (Stage(8, starts=0), Stage(4, starts=0)), {4: (11.16, 22.97)}),
-    "perflow-starts": Method("PeRFlow, starts alone", (Stage(4, 2, 0, 1, 1),), {4: (None, None)}),
-    "i-starts": Method(
-        "ProReflow-I, starts alone", (Stage(8, 1, 0.1, 1, 1), Stage(4, 1, 0.1, 1, 1)), {4: (None, None)}
+    "reflow": Method("reflow: 1 window at once, plain loss", (Stage(1, 4, 0),), {1: (None, None)}),
+    "perflow-half": Method("PeRFlow, half of the points at starts", (Stage(4, 2, 0, **HALF),), {4: (None, None)}),
+    "i-half": Method(
+        "ProReflow-I, half of the points at starts", (Stage(8, **HALF), Stage(4, **HALF)), {4: (None, None)}
     ),
-    "i-guided-starts": Method(
+    "perflow-even": Method("PeRFlow, even times, as published", (Stage(4, 2, 0, **EVEN),), {4: (12.01, 23.81)}),
+    "i-even": Method(
+        "ProReflow-I, even times, as published", (Stage(8, **EVEN), Stage(4, **EVEN)), {4: (11.16, 22.97)}
+    ),
+    "i-starts": Method("ProReflow-I, starts alone", (Stage(8, **ALL), Stage(4, **ALL)), {4: (None, None)}),
+    "perflow-starts": Method("PeRFlow, starts alone", (Stage(4, 2, 0, **ALL),), {4: (None, None)}),
+    "i-guided": Method(
         "ProReflow-I on guided paths, starts alone",
-        (Stage(8, 1, 0.1, 1, 1, GUIDANCE), Stage(4, 1, 0.1, 1, 1)),
+        (Stage(8, guidance=GUIDANCE, **ALL), Stage(4, **ALL)),
         {4: (None, None)},
     ),
-    "i-guided": Method("ProReflow-I on guided paths", (Stage(8, guidance=GUIDANCE), FOUR), {4: (None, None)}),
 }
 ALPHAS = (0.0, 0.01, 0.1, 1.0, 10.0)
 FIGURE_4 = {f"eight-{a:g}": Method(f"8 windows, alpha {a:g}", (Stage(8, alpha=a),), {8: (None, None)}) for a in ALPHAS}

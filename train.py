@@ -46,18 +46,21 @@ TEACHER_STEPS = 32  # of DDIM over the whole path, where the teacher is a diffus
 
 # Settings that depend on the size of the model, by the width of its text: for SD1.5 and SDXL as PeRFlow published them,
 # not tried here at full scale; for the miniature by the sweep in docs/results/sweep.md.
+PUBLISHED = {"iters": 10_000, "points": 1, "starts": 0.0, "warmup": 500, "ema": 0.9999, "cooldown": 0.0}
 DEFAULTS = {
-    768: {"iters": 10_000, "batch_size": 32, "points": 1, "starts": 0.0, "lr": 8e-5, "ema": 0.9999, "cooldown": 0.0},
-    2048: {"iters": 10_000, "batch_size": 16, "points": 1, "starts": 0.0, "lr": 1e-4, "ema": 0.9999, "cooldown": 0.0},
+    768: PUBLISHED | {"batch_size": 32, "lr": 8e-5},
+    2048: PUBLISHED | {"batch_size": 16, "lr": 1e-4},
     "smaller": {
-        "iters": 3_000, "batch_size": 16, "points": 4, "starts": 0.5, "lr": 3e-4, "ema": 0.999, "cooldown": 0.5,
+        "iters": 600, "batch_size": 64, "points": 1, "starts": 0.75, "lr": 3e-4, "warmup": 100, "ema": 0.999,
+        "cooldown": 0.5,
     },
 }  # fmt: skip
 
-# STARTS: `--starts 0` draws times evenly, as the paper says. But few-step sampling and the next stage's teacher ask a
-# flow at the starts of its windows only, and just there the network has two things to say: at tau the best jump
-# through this window, at tau + 1 that through the window before. Networks are smooth in time, so it learns the mean of
-# both, and pictures get worse while the loss falls. Half of the points at the starts tell the two apart (docs/results).
+# STARTS: `--starts 0` draws times evenly, as the paper says. But sampling in one step per window and the next stage's
+# teacher ask a flow at the starts of its windows only, and just there the network has two things to say: at tau the
+# best jump through this window, at tau + 1 that through the window before. Networks are smooth in time, so it learns
+# the mean of both, and pictures get worse while the loss falls. With most points at the starts it tells the two apart.
+# `--starts 1` trains nothing else: best for as many steps as windows, of no use for more (docs/results/sweep.md).
 
 
 @dataclass
@@ -416,7 +419,7 @@ def main() -> None:
         "--teacher-guidance", type=float, default=1.0, help="of the paths that are learned; the paper's is 1"
     )
     parser.add_argument("--lr", type=float, help="learning rate; default by model")
-    parser.add_argument("--warmup", type=int, default=500, help="updates until the learning rate is reached")
+    parser.add_argument("--warmup", type=int, help="updates until the learning rate is reached; default by model")
     parser.add_argument("--cooldown", type=float, help="share of the updates in which it falls to zero, at the end")
     parser.add_argument("--ema", type=float, help="decay of the moving average of weights, which is what is kept")
     parser.add_argument("--seed", type=int, default=0, help="of data order, noise and times")

@@ -33,7 +33,9 @@ def settings(tmp_path):
     return SimpleNamespace(teacher=sample.MINIATURE, out=tmp_path, data=tmp_path / "latents")
 
 
-@pytest.mark.parametrize("names", [("perflow", "i", "at-once", "plain", "reflow", "i-even", "i-starts"), ("ii", "two")])
+@pytest.mark.parametrize(
+    "names", [("perflow", "i", "at-once", "plain", "i-half", "i-even", "i-guided"), ("ii", "two"), ("one", "reflow")]
+)
 def test_methods_that_are_compared_cost_the_same(tmp_path, commands, names):
     costs = [experiments.trained(METHODS[name], 0, 250_000, settings(tmp_path))[1] for name in names]
     assert max(costs) < 1.002 * min(costs)
@@ -42,11 +44,11 @@ def test_methods_that_are_compared_cost_the_same(tmp_path, commands, names):
 
 
 def test_the_cost_of_an_update_counts_teacher_and_student():
-    assert experiments.EIGHT.cost_of_update(None) == 16 * (4 + 12)  # 32 teacher steps over 8 windows
-    assert experiments.FOUR.cost_of_update(8) == 16 * (2 + 12)  # a merging stage: two
-    assert experiments.Stage(4).cost_of_update(None) == 16 * (8 + 12)  # PeRFlow
-    assert experiments.Stage(4, points=1).cost_of_update(8) == 64 * (2 + 3)  # a path of its own for every point
-    assert experiments.Stage(8, guidance=2).cost_of_update(None) == 16 * (8 + 12)  # with and without the caption
+    assert experiments.EIGHT.cost_of_update(None) == 64 * (4 + 3)  # 32 teacher steps over 8 windows
+    assert experiments.FOUR.cost_of_update(8) == 64 * (2 + 3)  # a merging stage: two
+    assert experiments.Stage(4).cost_of_update(None) == 64 * (8 + 3)  # PeRFlow
+    assert experiments.Stage(4, points=4).cost_of_update(8) == 16 * (2 + 12)  # four points of each path
+    assert experiments.Stage(8, guidance=2).cost_of_update(None) == 64 * (8 + 3)  # with and without the caption
 
 
 def test_a_method_goes_on_from_the_stages_of_another_and_none_is_trained_twice(tmp_path, commands):
@@ -65,10 +67,9 @@ def test_a_method_goes_on_from_the_stages_of_another_and_none_is_trained_twice(t
 def test_a_methods_settings_reach_the_trainer(tmp_path, commands):
     experiments.trained(METHODS["perflow-even"], 2, 20_000, settings(tmp_path))
     experiments.trained(METHODS["i-guided"], 2, 20_000, settings(tmp_path))
-    experiments.trained(METHODS["perflow-starts"], 2, 20_000, settings(tmp_path))
-    even, guided, merged, starts = commands
-    assert (starts["--starts"], starts["--points"], starts["--alpha"]) == ("1", "1", "0")
-    assert int(starts["--batch-size"]) == 4 * int(even["--batch-size"])
+    even, guided, merged = commands
+    assert (merged["--starts"], merged["--points"], merged["--alpha"]) == ("1.0", "1", "0.1")
+    assert int(merged["--batch-size"]) == 4 * int(even["--batch-size"])
     assert (even["--windows"], even["--alpha"], even["--starts"], even["--teacher-guidance"]) == ("4", "0", "0", "1.0")
     assert (guided["--teacher-guidance"], merged["--teacher-guidance"]) == ("2.0", "1.0")
 
@@ -89,7 +90,7 @@ def test_a_method_is_trained_scored_and_then_known(tmp_path, monkeypatch, capsys
     assert exit_code(experiments, *command) == 0
     teacher, ours = json.loads((tmp_path / "rows.json").read_text())
     assert (teacher["method"], teacher["steps"], teacher["evaluations"]) == ("ddim", 2, 4)
-    assert (ours["method"], ours["seed"], ours["training"]) == ("i", 3, 16 * 16 + 16 * 14)
+    assert (ours["method"], ours["seed"], ours["training"]) == ("i", 3, 64 * 7 + 64 * 5)
     assert ours["teacher"] == teacher["teacher"]
     assert StableDiffusion.load(tmp_path / "out" / ours["teacher"] / "cost-256/seed-3/w8_w4").windows == 4
     monkeypatch.setattr(subprocess, "run", None)
