@@ -294,8 +294,10 @@ def main() -> None:
             raise InputError(f"{args.json} holds no rows yet; run the experiments first")
         else:
             checkpoint.write_between(figures.README, MARKS, table(rows, max(args.cost)))
-            curve(rows, ROOT / "docs/figures/cost.png")
-            over_alpha(rows, max(args.cost), ROOT / "docs/figures/alpha.png")
+            if len({row["cost of a stage"] for row in rows if row["method"] in ("perflow", "i")}) > 1:
+                curve(rows, ROOT / "docs/figures/cost.png")
+            if {row["method"] for row in rows} & FIGURE_4.keys():
+                over_alpha(rows, max(args.cost), ROOT / "docs/figures/alpha.png")
 
 
 if __name__ == "__main__":
