@@ -227,7 +227,7 @@ def table(rows: list[dict], cost: int) -> str:
 
 def curve(rows: list[dict], file: Path) -> None:
     """Frechet distance over the cost of training, PeRFlow's against the progressive stages'."""
-    import matplotlib.pyplot as plt
+    plt = figures.pyplot()
 
     figure, axis = plt.subplots(figsize=(4, 3))
     for name in "perflow", "i":
@@ -252,7 +252,7 @@ def curve(rows: list[dict], file: Path) -> None:
 
 def over_alpha(rows: list[dict], cost: int, file: Path) -> None:
     """Figure 4: Frechet distance over alpha, after the stages of 8 and of 4 windows, sampled in as many steps."""
-    import matplotlib.pyplot as plt
+    plt = figures.pyplot()
 
     figure, axis = plt.subplots(figsize=(4, 3))
     for windows in (8,), (8, 4):

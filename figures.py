@@ -207,7 +207,7 @@ def path_of(sd: StableDiffusion, args: argparse.Namespace) -> tuple[Tensor, Tens
 
 def velocities(args: argparse.Namespace) -> None:
     """Figure 1a. Entry (i, j): mean over paths of |v_i - v_j|, relative to the mean |v|, and of cos(v_i, v_j)."""
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(2, len(args.models), figsize=(2.6 * len(args.models), 4.6), squeeze=False)
     for column, path in enumerate(args.models):
@@ -230,7 +230,7 @@ def velocities(args: argparse.Namespace) -> None:
 
 def paths(args: argparse.Namespace) -> None:
     """Paths on the plane of their chord and their largest deviation, and how far from the chord they are."""
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(1, len(args.models), figsize=(2.6 * len(args.models), 2.4), squeeze=False, sharey=True)
     for axis, path in zip(axes[0], args.models):
@@ -282,7 +282,7 @@ def perturbed(velocity: reflow.Network, size: float, kind: str, generator: torch
 @torch.no_grad()
 def noise(args: argparse.Namespace) -> None:
     """Figure 1b: the score when every velocity is off by the same length, in direction only or in magnitude only."""
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     sd = StableDiffusion.load(args.models[0], args.device)
     clip, drawn = reference(args.clip, args.device, TEST, args.pictures)
@@ -309,6 +309,14 @@ def noise(args: argparse.Namespace) -> None:
     save(figure, args.out / "noise.png")
 
 
+def pyplot():
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise InputError("figures need matplotlib: pip install -r requirements-dev.txt") from None
+    return plt
+
+
 def save(figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
@@ -318,7 +326,7 @@ def save(figure, file: Path) -> None:
 
 def guidance(args: argparse.Namespace) -> None:
     """Figure 3: the Frechet distance, and how many prompts that name one item are kept to, over guidance."""
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(1, 2, figsize=(7, 3))
     for path, steps in map(model_and_steps, args.models):

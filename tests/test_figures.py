@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -94,6 +95,13 @@ def test_scores_over_guidance_are_kept_like_any_other(tmp_path):
     assert (tmp_path / "guidance.png").exists()
     assert run("score", MODEL, "--steps", 2, *arguments) == 0
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
+
+
+def test_without_matplotlib_a_figure_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert run("paths", MODEL, "--count", 2) == 2
+    assert "figures need matplotlib: pip install -r requirements-dev.txt" in capsys.readouterr().err
 
 
 def test_pictures_of_paths_and_velocities_are_written_with_their_numbers(tmp_path, capsys):
