@@ -444,7 +444,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=100_000, help="how many scenes the UNet sees, again and again")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the UNet: twice as fast, needs a C++ compiler"
+        "--compile", action="store_true", help="torch.compile the UNet: starts slowly, needs a C++ compiler"
     )
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
     args = parser.parse_args()
