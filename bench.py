@@ -17,7 +17,6 @@ import argparse
 import ctypes
 import importlib.metadata
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -36,6 +35,7 @@ import convert
 import data
 import fid
 import reflow
+import runs
 import sample
 import train
 from model import StableDiffusion
@@ -365,11 +365,9 @@ def bench_growth(args: argparse.Namespace) -> list[dict]:
     shutil.rmtree(args.work / "growth", ignore_errors=True)
     rates = {}
     for processes in 1, 2:  # the same batch for each, so that twice as many samples pass with two
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        command += [Path(train.__file__), "--stage", 1, "--name", processes, "--out", args.work / "growth"]
-        command += ["--iters", 60, "--batch-size", 8, "--sample-every", 0, "--device", args.device]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([str(part) for part in command], check=True, capture_output=True, env=environment)
+        command = ["--stage", 1, "--name", processes, "--out", args.work / "growth", "--device", args.device]
+        command += ["--iters", 60, "--batch-size", 8, "--sample-every", 0]
+        runs.start_training(command, processes, threads=1, check=True, capture_output=True)
         log = (args.work / f"growth/{processes}-run/log.jsonl").read_text().splitlines()
         rates[processes] = round(json.loads(log[-1])["evaluations_per_second"])
     rows.append({"what": "training stage 1, processes of one thread", "unit": "evaluations/s", "values": rates})

@@ -15,8 +15,6 @@ interrupted and repeated: what is there is not done again. Read `train.py` and `
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ import miniature
 import sample
 import train
 from model import InputError, StableDiffusion
+from runs import start_training
 
 ROOT = Path(__file__).parent
 POINTS = 64  # shown to the student in an update, of 16 paths with 4 points each or of 64 with one
@@ -55,8 +54,8 @@ class Stage:
 
     def cost_of_update(self, teacher_windows: int | None) -> int:
         """Evaluations of the teacher and of the student in one update."""
-        solver = (teacher_windows or train.TEACHER_STEPS) // self.windows * (1 if self.guidance == 1 else 2)
-        return POINTS // self.points * solver + 3 * POINTS
+        steps = (teacher_windows or train.TEACHER_STEPS) // self.windows
+        return POINTS // self.points * train.evaluations_of_path(steps, self.points, self.guidance)
 
 
 @dataclass(frozen=True)
@@ -123,23 +122,13 @@ def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> t
             continue
         cores = os.cpu_count() or 1
         processes = 1 if torch.cuda.is_available() or cores < 2 else 2
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        command += [ROOT / "train.py", "--windows", stage.windows, "--teacher", teacher, "--name", folder.name]
-        command += ["--alpha", stage.alpha, "--starts", stage.starts, "--teacher-guidance", stage.guidance]
+        command = ["--windows", stage.windows, "--teacher", teacher, "--name", folder.name, "--alpha", stage.alpha]
+        command += ["--starts", stage.starts, "--teacher-guidance", stage.guidance]
         command += ["--iters", iters, "--warmup", min(100, iters // 4), "--seed", seed, "--points", stage.points]
-        command += [
-            "--batch-size",
-            POINTS // stage.points // processes,
-            "--data",
-            args.data,
-            "--out",
-            out,
-            "--sample-every",
-            0,
-        ]
+        command += ["--batch-size", POINTS // stage.points // processes, "--data", args.data, "--out", out]
+        command += ["--sample-every", 0, "--resume"]
         print(f"seed {seed}, cost {cost}: {folder.name}, {iters} updates", flush=True)
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(cores // processes, 1))}
-        if subprocess.run([str(part) for part in [*command, "--resume"]], env=environment).returncode:
+        if start_training(command, processes, threads=max(cores // processes, 1)).returncode:
             raise InputError(f"training {folder} ended early, see above; the same command goes on from there")
     return folder, total
 
@@ -163,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
     for solver in SOLVERS:
         for steps in SOLVERS[solver]:
             key = {"method": solver, "steps": steps, **sizes}
-            if not known(key, args.json):
+            if not figures.known(key, args.json):
                 keep(key | measure(teacher, steps, solver, args), args.json)
     for cost in args.cost:
         for seed in args.seeds:
@@ -172,13 +161,9 @@ def run(args: argparse.Namespace) -> None:
                 folder, total = trained(method, seed, cost, args)
                 for steps in method.steps:
                     key = {"method": name, "steps": steps, "seed": seed, "cost of a stage": cost, **sizes}
-                    if not known(key, args.json):
+                    if not figures.known(key, args.json):
                         scores = measure(StableDiffusion.load(folder, args.device), steps, "flow", args)
                         keep(key | {"training": total} | scores, args.json)
-
-
-def known(key: dict, file: Path) -> bool:
-    return any(key.items() <= row.items() for row in figures.kept(file))
 
 
 def keep(row: dict, file: Path) -> None:

@@ -58,9 +58,8 @@ def row_of(name: str, sd: StableDiffusion, steps: int, guidance: float, args: ar
     sampler = args.sampler or ("flow" if sd.windows else "ddim")
     key = {"model": name, "weights": weights, "sampler": sampler, "steps": steps, "guidance": guidance}
     key |= {"split": args.split, "prompts": args.count, "pictures": args.pictures}
-    for row in kept(args.json):
-        if key.items() <= row.items():
-            return row
+    if row := known(key, args.json):
+        return row
     clip, drawn = reference(args.clip, args.device, SPLITS[args.split], args.pictures)
     row = key | measure(sd, steps, guidance, sampler, SPLITS[args.split], args.count, args.pictures, clip, drawn)
     print(
@@ -110,6 +109,11 @@ def measure(
 
 def kept(file: Path) -> list[dict]:
     return json.loads(file.read_text()) if file.exists() else []
+
+
+def known(key: dict, file: Path) -> dict | None:
+    """The kept row that says all that `key` does."""
+    return next((row for row in kept(file) if key.items() <= row.items()), None)
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:

@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -88,6 +90,13 @@ def save_flow(unet: UNet, scheduler: dict, base: Path, out: Path, dtype: torch.d
     weights = {name: weight.to(dtype) for name, weight in unet.state_dict().items()}
     checkpoint.write_tensors(aside / f"unet/{NETWORKS['unet'][2]}.safetensors", weights)
     checkpoint.replace_folder(aside, out)
+
+
+def start_training(arguments: list, processes: int, threads: int, **how) -> subprocess.CompletedProcess:
+    """Run train.py under torchrun, in so many processes of so many threads; `how` is for `subprocess.run`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    command += [Path(__file__).parent / "train.py", *arguments]
+    return subprocess.run([str(part) for part in command], env=os.environ | {"OMP_NUM_THREADS": str(threads)}, **how)
 
 
 class Log:

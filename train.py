@@ -150,6 +150,12 @@ def solver_steps(sd: StableDiffusion, windows: int, steps: int | None) -> int:
     return steps or share
 
 
+def evaluations_of_path(steps: int, points: int, guidance: float) -> int:
+    """What a path costs in evaluations of a network: the teacher's steps, and the student's points, each three, since a
+    backward pass takes as long as two forward passes."""
+    return steps * (1 if guidance == 1 else 2) + 3 * points
+
+
 def prepare(sd: StableDiffusion, items: dict, device: torch.device) -> dict:
     """What a batch of samples becomes for the networks: latents at the UNet's scale, texts, SDXL's picture sizes."""
     items = {
@@ -333,7 +339,7 @@ def run(args: argparse.Namespace) -> None:
     first, count = start * args.accumulate, (args.iters - start) * args.accumulate
     items = iter(data.batches(samples, first, count, args.batch_size, process.rank, process.world, args.workers))
     log = Log(folder, start, args, quiet=process.rank > 0)
-    each = steps * (1 if args.teacher_guidance == 1 else 2) + 3 * args.points  # a backward pass counts as two
+    each = evaluations_of_path(steps, args.points, args.teacher_guidance)
     evaluations = process.world * args.accumulate * args.batch_size * each
     stop = Stop()
 
