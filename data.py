@@ -410,10 +410,7 @@ def batches(samples: Samples, first: int, count: int, size: int, rank: int, worl
 
 
 def leave_signals_alone(worker: int) -> None:
-    for which in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # they reach all processes of a job, and ending it is the trainer's affair
+    for which in (signal.SIGINT, signal.SIGTERM):  # they reach the whole job; ending it is the trainer's affair
         signal.signal(which, signal.SIG_IGN)
 
 

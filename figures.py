@@ -135,9 +135,8 @@ def errors(args: argparse.Namespace) -> None:
     for where in "start", "even":
         table = {name: [] for name in ["untrained", *(path.name for path in args.models)]}
         for start, end in zip(reflow.borders(windows), reflow.borders(windows)[1:]):
-            tau = (
-                end + 1 + (items["tau"][:, 0] - 1) * (start - end) // reflow.NOISE
-            )  # its place in 1..1000, in this window
+            place = (items["tau"][:, 0] - 1) * (start - end) // reflow.NOISE  # that in 1..1000, in this window
+            tau = end + 1 + place
             tau = torch.full_like(tau, start) if where == "start" else tau
             path = reflow.solve_window(solve, batch["z_0"], batch["noise"], tau, windows, steps, teacher.alphas_cumprod)
             z, v = reflow.straight_line(*path, tau)

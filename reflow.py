@@ -151,9 +151,7 @@ def solver_grid(tau: Tensor, windows: int, steps: int) -> Tensor:
     where the next begins. The paper's first stage: 8 windows of 4 steps, of the teacher's 32. In a merging stage the
     steps are the windows of the previous student, 2 to a merged window.
     """
-    k = torch.bucketize(
-        tau.contiguous(), rising_borders(windows, tau.device)
-    )  # the window from border k down to border k - 1
+    k = torch.bucketize(tau.contiguous(), rising_borders(windows, tau.device))  # window: border k down to k - 1
     down = torch.arange(steps + 1, device=tau.device)[:, None]
     return rising_borders(windows * steps, tau.device)[k * steps - down]
 

@@ -18,7 +18,7 @@ import functools
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,6 +273,16 @@ def settle(args: argparse.Namespace) -> None:
         sample.read_prompts(args.sample_prompts)  # now, since the first sheet is far away
 
 
+def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[StableDiffusion, UNet]:
+    """The teacher with all its parts, frozen, in the low precision of the device; and the student's UNet, in fp32."""
+    low = torch.float32 if device.type == "cpu" else torch.bfloat16
+    teacher = StableDiffusion.load(args.teacher, device, low)
+    # Weights are views of the mapped file until they are used: of this second model, just two parts take memory.
+    stored = StableDiffusion.load(args.student, "cpu", None)
+    teacher.vae = stored.vae.to(device, torch.float32)  # its rounding errors would be in every target
+    return teacher, stored.unet.to(device, torch.float32).requires_grad_(True)
+
+
 def source_of(args: argparse.Namespace, latent: tuple[int, ...], sd: StableDiffusion) -> Dataset:
     """The data to train on, for latents (4, h, w) of this model."""
     size = latent[1] * sd.downscale
@@ -289,6 +299,16 @@ def source_of(args: argparse.Namespace, latent: tuple[int, ...], sd: StableDiffu
             f"the data's pictures are {height} x {width}, not of size {size}; choose other --data or --size"
         )
     return source
+
+
+def batches_from(start: int, args: argparse.Namespace, teacher: StableDiffusion, process: Process) -> Iterator[dict]:
+    """What this process is to train on from update `start` on: the parts of one update after the other."""
+    size = sample.check_size(teacher, args.size) // teacher.downscale
+    latent = (teacher.unet.cfg.in_channels, size, size)
+    source, borders = source_of(args, latent, teacher), reflow.borders(args.windows)
+    samples = data.Samples(source, args.seed, latent, borders, args.points, args.starts)
+    first, count = start * args.accumulate, (args.iters - start) * args.accumulate
+    return iter(data.batches(samples, first, count, args.batch_size, process.rank, process.world, args.workers))
 
 
 @torch.no_grad()
@@ -313,13 +333,8 @@ def run(args: argparse.Namespace) -> None:
     if checkpoints(folder) and not args.resume:
         raise InputError(f"{checkpoints(folder)[-1]} is there already; go on with --resume, or choose another --out")
 
-    low = torch.float32 if process.device.type == "cpu" else torch.bfloat16
-    teacher = StableDiffusion.load(args.teacher, process.device, low)
+    teacher, student = load_networks(args, process.device)
     steps = solver_steps(teacher, args.windows, args.solver_steps)
-    # Weights are views of the mapped file until they are used: of this second model, just two parts take memory.
-    stored = StableDiffusion.load(args.student, "cpu", None)
-    student = stored.unet.to(process.device, torch.float32).requires_grad_(True)
-    teacher.vae = stored.vae.to(process.device, torch.float32)  # its rounding errors would be in every target
     average = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
     parts = {"student": student, "average": average, "optimizer": optimizer}
@@ -332,12 +347,7 @@ def run(args: argparse.Namespace) -> None:
         teacher.unet.compile()
     network = student if process.world == 1 else DistributedDataParallel(student)
 
-    size = sample.check_size(teacher, args.size) // teacher.downscale
-    latent = (teacher.unet.cfg.in_channels, size, size)
-    source, borders = source_of(args, latent, teacher), reflow.borders(args.windows)
-    samples = data.Samples(source, args.seed, latent, borders, args.points, args.starts)
-    first, count = start * args.accumulate, (args.iters - start) * args.accumulate
-    items = iter(data.batches(samples, first, count, args.batch_size, process.rank, process.world, args.workers))
+    items = batches_from(start, args, teacher, process)
     log = Log(folder, start, args, quiet=process.rank > 0)
     each = evaluations_of_path(steps, args.points, args.teacher_guidance)
     evaluations = process.world * args.accumulate * args.batch_size * each
