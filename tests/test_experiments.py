@@ -116,10 +116,16 @@ def test_the_table_tells_means_and_spreads_of_one_cost_alone():
 
 
 def test_the_readme_shows_what_was_measured():
-    rows = experiments.figures.kept(experiments.ROOT / "docs/results/experiments.json")
+    rows = experiments.of_one_teacher(experiments.figures.kept(experiments.ROOT / "docs/results/experiments.json"))
     readme = (experiments.ROOT / "README.md").read_text(encoding="utf-8")
     shown = readme.split(experiments.MARKS[0])[1].split(experiments.MARKS[1])[0]
     assert shown == experiments.table(rows, 125_000)
+
+
+def test_a_table_is_of_one_teacher_the_last():
+    rows = [row("ddim", 32, 8.0, teacher="old"), row("i", 4, 10.0, teacher="old"), row("ddim", 32, 6.0, teacher="new")]
+    assert experiments.of_one_teacher(rows) == rows[2:]
+    assert experiments.of_one_teacher(rows[:2]) == rows[:2]
 
 
 def test_the_curve_of_cost_is_drawn(tmp_path):
