@@ -274,6 +274,14 @@ def encode_texts(text: ClipText, ids: Tensor, device: str) -> Tensor:
     return torch.cat([text(few.to(device))[0].half() for few in ids.split(1000)])
 
 
+def detailed_caption(index: int) -> str:
+    """Of training scene `index`, a second caption that more often tells sizes, positions and relations: they decide
+    little of a picture's error, so they are learned last."""
+    rng = np.random.default_rng((TRAIN, index))
+    scene = scenes.make_scene(rng)
+    return scenes.say(scenes.some_facts(scene, rng, detail=0.8), rng)
+
+
 def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
     """Predict the noise in a noisy latent (Ho et al. 2020, algorithm 1), with the caption left out one time in ten."""
     # Encoded once, since the UNet sees every scene many times; another VAE makes another folder.
@@ -284,12 +292,11 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
         torch.cat([part[name] for part in known.parts]).to(args.device) for name in ("mean", "log_variance")
     )
     scale = sd.vae.cfg.scaling_factor
-    captions = [known[i]["caption"] for i in range(len(known))]
-    different = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    captions = [(known[i]["caption"], detailed_caption(i)) for i in tqdm(range(len(known)), desc="telling scenes")]
+    different = {caption: i for i, caption in enumerate(dict.fromkeys(itertools.chain(*captions)))}
     ids = sd.tokenizers[0]([*different, ""])
     texts = encode_texts(sd.text_encoders[0], ids, args.device)  # the last is the empty one
-    which = torch.tensor([different[caption] for caption in captions])
-    which = which.to(args.device)
+    which = torch.tensor([[different[caption] for caption in both] for both in captions]).to(args.device)
     unet = sd.unet.requires_grad_(True)
 
     def loss_of(_, step: int) -> Tensor:
@@ -300,7 +307,8 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
         noise = torch.randn_like(z)
         a = sd.alphas_cumprod[t].view(-1, 1, 1, 1)
         dropped = torch.rand(len(z), device=args.device) < 0.1
-        text = texts[torch.where(dropped, len(texts) - 1, which[pick])].float()
+        told = which[pick, torch.randint(2, (len(z),), device=args.device)]
+        text = texts[torch.where(dropped, len(texts) - 1, told)].float()
         predicted = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, text)
         # Weighted as an error of the velocity (Salimans & Ho 2022, "SNR + 1"): where things go is decided at times when
         # nearly all is noise, and there a plain error of the noise hardly counts.

@@ -175,15 +175,15 @@ def related(a, b, relation, margin):
     return right * (a.x - b.x) + down * (a.y - b.y) > margin
 
 
-def choose_facts(scene: Scene, rng, named: int) -> Claims:
-    """Name one or two items, now and then with size and with position or relation. The last two are named only where
-    they are plain to see, by margins of 0.12 and 12 pixels; holds() is content with less."""
+def choose_facts(scene: Scene, rng, named: int, detail: float = 0.4) -> Claims:
+    """Name one or two items, with chance `detail` with size, too, and with position; or with their relation. The last
+    two are named only where they are plain to see, by margins of 0.12 and 12 pixels; holds() is content with less."""
     items = [scene.items[i] for i in rng.permutation(len(scene.items))[:named]]
-    facts = Claims([Named(item.shape, item.color, item.size if rng.random() < 0.4 else None) for item in items])
+    facts = Claims([Named(item.shape, item.color, item.size if rng.random() < detail else None) for item in items])
     if named == 2 and rng.random() < 0.6:
         facts.relation = pick(rng, [r for r in RELATIONS if related(*items, r, 12)] or [None])
     for item, name in zip(items, facts.items):
-        if facts.relation is None and rng.random() < 0.4:
+        if facts.relation is None and rng.random() < detail:
             name.position = pick(rng, [p for p in POSITIONS if lies(item, p, 0.12)] or [None])
     return facts
 
@@ -345,10 +345,10 @@ def sample(seed: int, index: int) -> tuple[np.ndarray, str]:
     return draw(scene), say(some_facts(scene, rng), rng)
 
 
-def some_facts(scene: Scene, rng) -> Claims:
+def some_facts(scene: Scene, rng, detail: float = 0.4) -> Claims:
     """What a caption tells of a scene: one or two items, sometimes how many there are, or the background."""
     kind, told = rng.random(), rng.random()
-    facts = choose_facts(scene, rng, 2 if kind < 0.5 else 1)
+    facts = choose_facts(scene, rng, 2 if kind < 0.5 else 1, detail)
     facts.count = len(scene.items) if kind > 0.9 else None
     facts.tone = scene.tone if told < 0.12 else None
     facts.pattern = scene.pattern if 0.06 < told < 0.18 else None

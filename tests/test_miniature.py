@@ -34,6 +34,20 @@ def test_every_word_of_the_captions_is_one_token(tmp_path):
     assert tokenizer.end == tokenizer.bpe.get_vocab_size() - 1  # the largest id, as in the official vocabulary
 
 
+def test_a_second_caption_tells_of_the_same_scene_and_more_of_it():
+    told = {"first": 0, "second": 0}
+    for index in range(400):
+        scene = scenes.make_scene(np.random.default_rng((miniature.TRAIN, index)))
+        captions = {"first": scenes.sample(miniature.TRAIN, index)[1], "second": miniature.detailed_caption(index)}
+        for name, caption in captions.items():
+            facts = scenes.claims(caption)
+            assert scenes.holds(facts, scene), caption
+            told[name] += (facts.relation is not None) + sum(
+                (item.size is not None) + (item.position is not None) for item in facts.items
+            )
+    assert told["second"] > 1.4 * told["first"] > 100
+
+
 def test_the_vocabulary_is_in_the_official_files(tmp_path):
     captions = [scenes.sample(0, i)[1] for i in range(50)] + ["an unknown word: zebra!"]
     ids = miniature.make_tokenizer(tmp_path)(captions)
