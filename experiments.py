@@ -280,10 +280,10 @@ def main() -> None:
     with checkpoint.one_line_errors(parser, "stopped; the same command goes on where it was"):
         if not args.table:
             run(args)
-        elif not figures.kept(args.json):
+        elif not (measured := figures.kept(args.json)):
             raise InputError(f"{args.json} holds no rows yet; run the experiments first")
         else:
-            rows = of_one_teacher(figures.kept(args.json))
+            rows = of_one_teacher(measured)
             checkpoint.write_between(figures.README, MARKS, table(rows, max(args.cost)))
             if len({row["cost of a stage"] for row in rows if row["method"] in ("perflow", "i")}) > 1:
                 curve(rows, ROOT / "docs/figures/cost.png")

@@ -277,9 +277,7 @@ def encode_texts(text: ClipText, ids: Tensor, device: str) -> Tensor:
 def detailed_caption(index: int) -> str:
     """Of training scene `index`, a second caption that more often tells sizes, positions and relations: they decide
     little of a picture's error, so they are learned last."""
-    rng = np.random.default_rng((TRAIN, index))
-    scene = scenes.make_scene(rng)
-    return scenes.say(scenes.some_facts(scene, rng, detail=0.8), rng)
+    return scenes.scene_and_caption(TRAIN, index, detail=0.8)[1]
 
 
 def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:

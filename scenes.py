@@ -340,9 +340,15 @@ def judge(image: np.ndarray, caption: str) -> bool:
 
 def sample(seed: int, index: int) -> tuple[np.ndarray, str]:
     """Picture `index` of data set `seed`, (64, 64, 3) uint8, with its caption."""
+    scene, caption = scene_and_caption(seed, index)
+    return draw(scene), caption
+
+
+def scene_and_caption(seed: int, index: int, detail: float = 0.4) -> tuple[Scene, str]:
+    """Scene `index` of data set `seed`, not drawn, and a caption; `detail` as in `choose_facts`."""
     rng = np.random.default_rng((seed, index))
     scene = make_scene(rng)
-    return draw(scene), say(some_facts(scene, rng), rng)
+    return scene, say(some_facts(scene, rng, detail), rng)
 
 
 def some_facts(scene: Scene, rng, detail: float = 0.4) -> Claims:

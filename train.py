@@ -172,13 +172,9 @@ def prepare(sd: StableDiffusion, items: dict, device: torch.device) -> dict:
     height, width = (n * sd.downscale for n in z_0.shape[2:])
     time_ids = items.get("time_ids", sd.time_ids(len(z_0), height, width))
     return {
-        "z_0": z_0,
-        "noise": items["noise"],
-        "tau": items["tau"],
-        "text": text,
-        "pooled": pooled,
-        "time_ids": time_ids,
-    }
+        "z_0": z_0, "noise": items["noise"], "tau": items["tau"],
+        "text": text, "pooled": pooled, "time_ids": time_ids,
+    }  # fmt: skip
 
 
 def loss_of(
@@ -295,9 +291,8 @@ def source_of(args: argparse.Namespace, latent: tuple[int, ...], sd: StableDiffu
     item = source[0]
     height, width = [n * sd.downscale for n in item["mean"].shape[1:]] if args.data else item["image"].shape[1:]
     if (height, width) != (size, size):
-        raise InputError(
-            f"the data's pictures are {height} x {width}, not of size {size}; choose other --data or --size"
-        )
+        found = f"the data's pictures are {height} x {width}"
+        raise InputError(f"{found}, not of size {size}; choose other --data or --size")
     return source
 
 
@@ -414,11 +409,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="stage 1: the diffusion model's folder; default: the miniature")
     parser.add_argument("--teacher", type=Path, help="whose path is learned; default: --model, then the stage before")
     parser.add_argument("--student", type=Path, help="whose weights the student starts from; default: the teacher's")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="cached latents, captioned pictures, or tar shards, 'DIR/*.tar'; default: drawn scenes",
-    )
+    parser.add_argument("--data", type=Path, help="latents, captioned pictures or 'DIR/*.tar'; default: drawn scenes")
     parser.add_argument("--augment", action="store_true", help="crop pictures at random places, mirror half of them")
     parser.add_argument("--out", type=Path, default=Path("out/train"), help="folder of all stages")
     parser.add_argument("--name", help="name of the result in --out; default: stage-K")
@@ -428,12 +419,8 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="parts of an update")
     parser.add_argument("--points", type=int, help="points shown of each solved path; more: a cheaper teacher")
     parser.add_argument("--starts", type=float, help="share of the points that lie at their window's start, see STARTS")
-    parser.add_argument(
-        "--solver-steps", type=int, help="teacher's steps per window; default: its share of 32, or of windows"
-    )
-    parser.add_argument(
-        "--teacher-guidance", type=float, default=1.0, help="of the paths that are learned; the paper's is 1"
-    )
+    parser.add_argument("--solver-steps", type=int, help="teacher's steps per window; default: its share of all")
+    parser.add_argument("--teacher-guidance", type=float, default=1.0, help="of the paths learned; the paper's is 1")
     parser.add_argument("--lr", type=float, help="learning rate; default by model")
     parser.add_argument("--warmup", type=int, help="updates until the learning rate is reached; default by model")
     parser.add_argument("--cooldown", type=float, help="share of the updates in which it falls to zero, at the end")

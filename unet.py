@@ -345,7 +345,7 @@ class UNet(nn.Module):
         time_ids (B, 6) = original height, width, crop top, left, target height, width, in pixels.
         """
         text = iter(self.text_keys_values(context) if isinstance(context, Tensor) else context)
-        emb = silu(self.embed_conditions(t, pooled, time_ids))  # every residual block starts from this silu
+        emb = silu(self.embed_conditions(t, pooled, time_ids))  # once for all residual blocks
 
         x = self.conv_in(x)
         skips = [x]
