@@ -11,10 +11,10 @@ Read `scenes.py` for the pictures and captions, and `model.py` for the parts.
 import argparse
 import copy
 import itertools
-import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -34,7 +33,7 @@ import fid
 import sample
 import scenes
 from clip_score import ClipScore, ClipVision, ClipVisionConfig
-from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer, clip_bpe
+from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer
 from model import InputError, StableDiffusion
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -131,26 +130,38 @@ def fit(
 
 
 def make_tokenizer(folder: Path) -> Tokenizer:
-    """A byte-pair vocabulary in which every word of the captions is one token, in the official files."""
-    bpe = clip_bpe({END: 0}, [])
+    """A byte-pair vocabulary in which every word of the captions is one token, in the official files.
+
+    Sennrich et al. 2016, algorithm 1: merge the pair that is seen most often, until every word is whole. Of pairs seen
+    equally often, the first by name: a run that is resumed must not number its words anew.
+    """
+    words, merges = [[*word[:-1], word[-1] + "</w>"] for word in scenes.words()], []
+    while pairs := Counter(itertools.chain.from_iterable(map(itertools.pairwise, words))):
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        words = [merged(word, *merges[-1]) for word in words]
     letters = sorted(ByteLevel.alphabet())
-    trainer = BpeTrainer(
-        vocab_size=10**4, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
-    bpe.train_from_iterator(scenes.words(), trainer)
-    model = json.loads(bpe.to_str())["model"]
-    merged = ["".join(pair) for pair in model["merges"]]
     # The official order: single bytes, bytes that end a word, merges, and the two marks last.
-    names = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys(merged), BEGIN, END]
+    names = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), BEGIN, END]
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(folder / "vocab.json", {name: i for i, name in enumerate(dict.fromkeys(names))})
-    merges = "".join(" ".join(pair) + "\n" for pair in model["merges"])
-    (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+    lines = "".join(" ".join(pair) + "\n" for pair in merges)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + lines, encoding="utf-8")
     special = {"bos_token": BEGIN, "eos_token": END, "pad_token": END, "unk_token": END}
     checkpoint.write_json(folder / "special_tokens_map.json", special)
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
     checkpoint.write_json(folder / "tokenizer_config.json", settings | special)
     return Tokenizer.load(folder)
+
+
+def merged(word: list[str], first: str, second: str) -> list[str]:
+    """The parts of a word, with each `first` that `second` follows made one with it."""
+    parts = []
+    for part in word:
+        if parts and (parts[-1], part) == (first, second):
+            parts[-1] += part
+        else:
+            parts.append(part)
+    return parts
 
 
 def train_vae(args: argparse.Namespace) -> tuple[VAE, dict]:
@@ -192,7 +203,7 @@ class Clip(nn.Module):
 
 
 def train_clip(tokenizer: Tokenizer, args: argparse.Namespace) -> Clip:
-    """First the vision tower learns to see, then both towers learn which caption belongs to which picture."""
+    """First the vision tower learns to see and the text tower to read; then both, what belongs to what."""
     torch.manual_seed(0)
     clip = Clip()
     for name, weight in clip.named_parameters():
@@ -227,6 +238,26 @@ def train_clip(tokenizer: Tokenizer, args: argparse.Namespace) -> Clip:
     seer = fit("vision", seer, labelling_loss, steps, args, args.iters or 4000, lr=1.5e-3, low_precision=True)
     clip.vision.load_state_dict(seer["vision"].state_dict())
 
+    reader = nn.ModuleDict({"clip": clip, "told": nn.Linear(TEXT_SETTINGS["hidden_size"], told_in("a red ring").size)})
+    reader.to(args.device)
+
+    def read(captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Captions -> their vectors (B, D) in the space of both towers, and the loss of reading their facts."""
+        ids = tokenizer(captions)
+        end = (ids != tokenizer.end).sum(dim=1)
+        ids = ids[:, : end.max() + 1].to(args.device)  # padding comes after what counts
+        last, _, projected = clip.text(ids)
+        facts = torch.from_numpy(np.stack([told_in(caption) for caption in captions])).to(args.device)
+        told = reader["told"](last[torch.arange(len(ids)), end.to(args.device)]).float()
+        return projected, F.binary_cross_entropy_with_logits(told, facts, reduction="none").sum(dim=1).mean()
+
+    def reading_loss(_, step: int) -> Tensor:
+        """Contrast alone never makes the text tower tell left from right, so that a UNet which sees its text could not
+        either. So first: what does the caption say of each color and shape?"""
+        rng = np.random.default_rng((TRAIN, step, 1))
+        few = [drawn[i] for i in torch.randint(count, (128,))]
+        return read([scenes.say(scenes.some_facts(scene, rng, detail=0.8), rng) for scene in few])[1]
+
     def contrast(_, step: int) -> Tensor:
         """Radford et al. 2021, figure 3; and each picture's caption is also to be told from four false ones.
 
@@ -234,18 +265,19 @@ def train_clip(tokenizer: Tokenizer, args: argparse.Namespace) -> Clip:
         """
         which, rng = torch.randint(count, (64,)), np.random.default_rng((TRAIN, step, 0))
         captions = [scenes.captions(drawn[i], rng, wrong=4) for i in which]
-        ids = tokenizer([told[0] for told in captions] + [false for told in captions for false in told[1:]])
-        ids = ids[:, : (ids != tokenizer.end).sum(dim=1).max() + 1].to(args.device)  # padding comes after what counts
         image = F.normalize(clip.vision(images[which].to(args.device).float() / 127.5 - 1).float(), dim=-1)
-        text = F.normalize(clip.text(ids)[2].float(), dim=-1)
+        text, misread = read([told[0] for told in captions] + [false for told in captions for false in told[1:]])
+        text = F.normalize(text.float(), dim=-1)
         true, false = text[:64], text[64:].unflatten(0, (64, 4))
         scale = clip.logit_scale.clamp(max=math.log(100)).exp()
         logits, against_false = scale * image @ true.T, scale * torch.einsum("bd,bfd->bf", image, false)
         target = torch.arange(64, device=logits.device)
         to_text = F.cross_entropy(torch.cat([logits, against_false], dim=1), target)
-        return (to_text + F.cross_entropy(logits.T, target)) / 2
+        return (to_text + F.cross_entropy(logits.T, target)) / 2 + misread
 
-    return fit("clip", clip, contrast, steps, args, args.iters or 2500, lr=1e-3, low_precision=True)
+    best = fit("text", reader, reading_loss, steps, args, args.iters or 4000, lr=1e-3, low_precision=True)
+    reader.load_state_dict(best.state_dict())
+    return fit("clip", reader, contrast, steps, args, args.iters or 1500, lr=1e-3, low_precision=True)["clip"]
 
 
 KINDS = list(itertools.product(scenes.SHAPES, scenes.COLORS, scenes.SIZES))
@@ -266,6 +298,24 @@ def labels_of(scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray]:
         whole[kind] = 1
         sided[kind // 2] = [scenes.lies(item, side, 0.05) for side in SIDES]
     return patches.flatten(), np.concatenate([whole, sided.flatten()])
+
+
+def told_in(caption: str) -> np.ndarray:
+    """What a caption says of each color and shape, in zeros and ones: is it named, as small, as big; as left, middle or
+    right and as top, middle or bottom of the picture; and the same six again, of the other item that is named."""
+    facts = scenes.claims(caption)
+    told = np.zeros((len(KINDS) // 2, 15), np.float32)
+    for name, toward in zip(facts.items, (1, -1)):
+        row = told[KINDS.index((name.shape, name.color, "small")) // 2]
+        row[0] = 1
+        if name.size:
+            row[1 + list(scenes.SIZES).index(name.size)] = 1
+        for axis in 0, 1:
+            if name.position and (side := scenes.POSITIONS[name.position][axis]) is not None:
+                row[4 + 3 * axis + side] = 1
+            if facts.relation and (side := scenes.RELATIONS[facts.relation][axis]):
+                row[10 + 3 * axis + toward * side] = 1
+    return told.flatten()
 
 
 @torch.no_grad()

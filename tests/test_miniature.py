@@ -2,8 +2,11 @@
 
 import argparse
 import itertools
+import os
+import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -48,11 +51,49 @@ def test_a_second_caption_tells_of_the_same_scene_and_more_of_it():
     assert told["second"] > 1.4 * told["first"] > 100
 
 
+def test_what_the_text_tower_learns_to_read_is_what_captions_say():
+    def told(caption):
+        facts = miniature.told_in(caption).reshape(-1, 15)
+        kinds = {tuple(miniature.KINDS[2 * kind][:2]): fact.tolist() for kind, fact in enumerate(facts) if fact.any()}
+        return {kind: [i for i, fact in enumerate(facts) if fact] for kind, facts in kinds.items()}
+
+    assert told("a red ring") == {("ring", "red"): [0]}
+    assert told("one small blue cross at the top right") == {("cross", "blue"): [0, 1, 5, 6]}
+    assert told("a big blue cross in the middle, a red ring on the left") == {
+        ("cross", "blue"): [0, 2, 4, 7],
+        ("ring", "red"): [0, 3],
+    }
+    assert told("a red ring above a red cross") == {("ring", "red"): [0, 12], ("cross", "red"): [0, 14]}
+    assert told("a red ring to the right of a red cross") == {("ring", "red"): [0, 11], ("cross", "red"): [0, 9]}
+
+    def of_items(caption):
+        return replace(scenes.claims(caption), count=None, tone=None, pattern=None)
+
+    compared = 0
+    for index in range(200):
+        rng = np.random.default_rng((miniature.TRAIN, index))
+        true, *false = scenes.captions(scenes.make_scene(rng), rng, wrong=4)
+        for caption in (caption for caption in false if of_items(caption) != of_items(true)):
+            compared += 1
+            assert (miniature.told_in(caption) != miniature.told_in(true)).any(), (true, caption)
+    assert compared > 300
+
+
 def test_the_vocabulary_is_in_the_official_files(tmp_path):
     captions = [scenes.sample(0, i)[1] for i in range(50)] + ["an unknown word: zebra!"]
     ids = miniature.make_tokenizer(tmp_path)(captions)
     reference = transformers.CLIPTokenizer.from_pretrained(tmp_path)
     assert ids.tolist() == reference(captions, padding="max_length", max_length=77).input_ids
+
+
+def test_the_vocabulary_is_always_the_same(tmp_path):
+    """Else training that is resumed would go on with words numbered anew."""
+    code = "import miniature, sys; from pathlib import Path; miniature.make_tokenizer(Path(sys.argv[1]))"
+    for run, seed in (("a", "1"), ("b", "2")):  # sets and dictionaries of Rust and Python begin elsewhere every time
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, tmp_path / run], check=True, cwd=miniature.ROOT, env=environment)
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def arguments(work, **changes):
