@@ -345,17 +345,20 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
     ids = sd.tokenizers[0]([*different, ""])
     texts = encode_texts(sd.text_encoders[0], ids, args.device)  # the last is the empty one
     which = torch.tensor([[different[caption] for caption in both] for both in captions]).to(args.device)
-    unet = sd.unet.requires_grad_(True)
+    unet, iterations = sd.unet.requires_grad_(True), args.iters or 50_000
 
     def loss_of(_, step: int) -> Tensor:
+        # Where things go is decided while nearly all is noise. Shown all times and captions, a network paints well
+        # and does not heed "left" in tens of thousands of updates; so the first tenth shows only what teaches it that.
+        first = step < iterations // 10
         pick = torch.randint(len(mean), (args.batch_size,), device=args.device)
         z = mean[pick].float()
         z = scale * (z + (0.5 * log_variance[pick].float()).exp() * torch.randn_like(z))
-        t = torch.randint(1000, (len(z),), device=args.device)
+        t = torch.randint(400 if first else 0, 1000, (len(z),), device=args.device)
         noise = torch.randn_like(z)
         a = sd.alphas_cumprod[t].view(-1, 1, 1, 1)
         dropped = torch.rand(len(z), device=args.device) < 0.1
-        told = which[pick, torch.randint(2, (len(z),), device=args.device)]
+        told = which[pick, torch.randint(1 if first else 0, 2, (len(z),), device=args.device)]
         text = texts[torch.where(dropped, len(texts) - 1, told)].float()
         predicted = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, text)
         # Weighted as an error of the velocity (Salimans & Ho 2022, "SNR + 1"): where things go is decided at times when
@@ -370,7 +373,7 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
     name = f"unet-{sample.fingerprint(unet.conv_in.weight, unet.conv_out.weight)}" if args.init else "unet"
     if args.compile:
         unet.compile()
-    return fit(name, unet, loss_of, steps, args, args.iters or 50_000, lr=1e-3, low_precision=on_gpu)
+    return fit(name, unet, loss_of, steps, args, iterations, lr=1e-3, low_precision=on_gpu)
 
 
 def settings_of(config_class: type, settings: dict):

@@ -140,6 +140,25 @@ def test_interrupted_training_ends_with_the_weights_of_uninterrupted_training(tm
         assert torch.equal(a, b)
 
 
+@shipped
+def test_a_tenth_of_the_training_is_of_noisy_times_and_detailed_captions_alone(tmp_path, monkeypatch):
+    sd, seen = StableDiffusion.load(SHIPPED), {}
+    sd.unet.register_forward_pre_hook(lambda _, given: seen.update(t=given[1], text=given[2]))
+    monkeypatch.setattr(miniature, "fit", lambda name, network, loss_of, *rest, **settings: loss_of)
+    loss_of = miniature.train_unet(sd, arguments(tmp_path, iters=100, scenes=40, batch_size=128, init=None))
+    detailed = [miniature.detailed_caption(i) for i in range(40)]
+    known = miniature.encode_texts(sd.text_encoders[0], sd.tokenizers[0]([*detailed, ""]), "cpu").flatten(1)
+
+    def detailed_alone():
+        return all((text.half() == known).all(dim=1).any() for text in seen["text"].flatten(1))
+
+    with torch.no_grad():
+        loss_of(None, 9)
+        assert seen["t"].min() >= 400 and detailed_alone()
+        loss_of(None, 10)
+        assert seen["t"].min() < 400 and not detailed_alone()
+
+
 def test_all_of_it_trains_from_nothing_into_official_folders(tmp_path, monkeypatch):
     """Three steps of everything: the pictures are worthless, but the folders are whole and others open them."""
     out, clip = tmp_path / "model", tmp_path / "clip"
