@@ -29,7 +29,7 @@ from model import InputError, StableDiffusion
 
 MINIATURE = Path(__file__).parent / "weights/miniature"  # a diffusion model
 FLOW = Path(__file__).parent / "weights/proreflow-i"  # what train.py made of it, for few steps
-SAMPLERS = {"flow": "windowed Euler steps", "ddim": "DDIM", "dpm++": "DPM-Solver++ 2M"}
+SAMPLERS = {"flow": "windowed Euler", "ddim": "DDIM", "dpm++": "DPM-Solver++ 2M"}
 
 
 def draw_noise(seed: int, indices: list[int], shape: tuple[int, ...]) -> Tensor:
