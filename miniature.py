@@ -39,6 +39,7 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 TRAIN, VALIDATION, TEST = 0, 1, 2  # seeds of scenes.sample: what is trained on, chosen by, reported on
+DETAIL = 0.8  # of captions from which places are learned, see scenes.choose_facts; others have half of it
 ROOT = Path(__file__).parent
 
 VAE_SETTINGS = {
@@ -256,7 +257,7 @@ def train_clip(tokenizer: Tokenizer, args: argparse.Namespace) -> Clip:
         either. So first: what does the caption say of each color and shape?"""
         rng = np.random.default_rng((TRAIN, step, 1))
         few = [drawn[i] for i in torch.randint(count, (128,))]
-        return read([scenes.say(scenes.some_facts(scene, rng, detail=0.8), rng) for scene in few])[1]
+        return read([scenes.say(scenes.some_facts(scene, rng, DETAIL), rng) for scene in few])[1]
 
     def contrast(_, step: int) -> Tensor:
         """Radford et al. 2021, figure 3; and each picture's caption is also to be told from four false ones.
@@ -327,7 +328,7 @@ def encode_texts(text: ClipText, ids: Tensor, device: str) -> Tensor:
 def detailed_caption(index: int) -> str:
     """Of training scene `index`, a second caption that more often tells sizes, positions and relations: they decide
     little of a picture's error, so they are learned last."""
-    return scenes.scene_and_caption(TRAIN, index, detail=0.8)[1]
+    return scenes.scene_and_caption(TRAIN, index, DETAIL)[1]
 
 
 def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
