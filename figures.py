@@ -5,7 +5,7 @@
     python figures.py errors MODEL ... --teacher DIR   what a stage has learned, window by window
     python figures.py velocities MODEL ...             figure 1a: how alike velocities of different times are
     python figures.py noise MODEL                      figure 1b: noise on the direction against noise on the magnitude
-    python figures.py guidance MODEL:STEPS ...         figure 3: scores over guidance
+    python figures.py guidance MODEL:STEPS ...         figure 3: scores over guidance, and one over the other
     python figures.py paths MODEL ...                  how straight paths are: on a plane, and as a number
     python figures.py side MODEL:STEPS ...             figure 5: the same seeds, side by side
 
@@ -49,25 +49,26 @@ def score(args: argparse.Namespace) -> None:
     models = [StableDiffusion.load(path, args.device) for path in args.models]
     for (path, sd), steps, guidance in itertools.product(zip(args.models, models), args.steps, args.guidance):
         if steps >= (sd.windows or 1):
-            row_of(path.name, sd, steps, guidance, args)
+            row_of(path.name, sd, steps, args.sampler, guidance, args)
 
 
-def row_of(name: str, sd: StableDiffusion, steps: int, guidance: float, args: argparse.Namespace) -> dict:
+def row_of(
+    name: str, sd: StableDiffusion, steps: int, sampler: str | None, guidance: float, args: argparse.Namespace
+) -> dict:
     """The scores of a model, measured now or kept from before."""
     weights = sample.fingerprint(sd.unet.conv_in.weight, sd.unet.conv_out.weight)
-    sampler = args.sampler or ("flow" if sd.windows else "ddim")
+    sampler = sample.check_sampler(sd, sampler, steps)
     key = {"model": name, "weights": weights, "sampler": sampler, "steps": steps, "guidance": guidance}
     key |= {"split": args.split, "prompts": args.count, "pictures": args.pictures}
     if row := known(key, args.json):
         return row
-    clip, drawn = reference(args.clip, args.device, SPLITS[args.split], args.pictures)
-    row = key | measure(sd, steps, guidance, sampler, SPLITS[args.split], args.count, args.pictures, clip, drawn)
-    print(
-        f"{name} ({sampler}), {steps} steps, guidance {guidance:g}: one item {row['one item']:.1%}, two "
-        f"{row['two items']:.1%} of {args.count}; Frechet {row['frechet']:.2f}, CLIP {row['clip']:.2f} of "
-        f"{args.pictures}",
-        flush=True,
-    )
+    row = key | kept_to(sd, steps, guidance, sampler, SPLITS[args.split], args.count)
+    told = f"one item {row['one item']:.1%}, two {row['two items']:.1%} of {args.count}"
+    if args.pictures:
+        clip, drawn = reference(args.clip, args.device, SPLITS[args.split], args.pictures)
+        row |= likeness(sd, steps, guidance, sampler, SPLITS[args.split], args.pictures, clip, drawn)
+        told += f"; Frechet {row['frechet']:.2f}, CLIP {row['clip']:.2f} of {args.pictures}"
+    print(f"{name} ({sampler}), {steps} steps, guidance {guidance:g}: {told}", flush=True)
     write_rows(args.json, kept(args.json) + [row])  # read again: another `score` may run beside this one
     return row
 
@@ -80,28 +81,29 @@ def reference(folder: Path, device: str, seed: int, pictures: int) -> tuple[Clip
     return clip, statistics(drawn, clip)
 
 
-def measure(
+def kept_to(
+    sd: StableDiffusion, steps: int, guidance: float, sampler: str, seed: int, prompts: int
+) -> dict[str, float]:
+    """How many of `prompts` prompts of this seed that name one item a model keeps to, and of as many that name two."""
+    right = [miniature.accuracy(sd, steps, guidance, seed, named, prompts, sampler) for named in (1, 2)]
+    return {"evaluations": steps * (1 if guidance == 1 else 2), "one item": right[0], "two items": right[1]}
+
+
+def likeness(
     sd: StableDiffusion,
     steps: int,
     guidance: float,
     sampler: str,
     seed: int,
-    prompts: int,
     pictures: int,
     clip: ClipScore,
     drawn: tuple[np.ndarray, np.ndarray],
-) -> dict:
-    """A model's scores on captions and noise of this seed: how many of `prompts` prompts that name one item, and of as
-    many that name two, it keeps to; and how close so many pictures are to `drawn` (mean and covariance), and to their
-    captions."""
-    right = [miniature.accuracy(sd, steps, guidance, seed, named, prompts, sampler) for named in (1, 2)]
+) -> dict[str, float]:
+    """How close so many pictures of this seed's captions are to `drawn` (mean, covariance), and to their captions."""
     captions = [scenes.sample(seed, i)[1] for i in range(pictures)]
     made = np.stack(list(miniature.pictures_of(sd, captions, steps, guidance, seed, sampler)))
     fit = [clip.score(made[i : i + 100], captions[i : i + 100], "logits") for i in range(0, len(made), 100)]
     return {
-        "evaluations": steps * (1 if guidance == 1 else 2),
-        "one item": right[0],
-        "two items": right[1],
         "frechet": round(fid.frechet_distance(*statistics(made, clip), *drawn), 3),
         "clip": round(torch.cat(fit).mean().item(), 3),
     }
@@ -163,19 +165,20 @@ PAPER |= {("proreflow-ii", "flow", 4): 10.70, ("proreflow-ii", "flow", 2): 15.44
 
 
 def table(args: argparse.Namespace) -> str:
-    """The shipped models' rows of the test split in --json, as the README shows them."""
-    lines = [
-        "| model | sampler | steps | guidance | one item | two items | Frechet | CLIP | paper's FID, SD1.5 |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """The shipped models' rows of the test split in --json, as the README shows them: pictures at guidance 2, where
+    they look best; prompts kept to there and at guidance 4, which is `sample.py`'s."""
+    head = "model", "sampler", "steps", "Frechet", "CLIP", "one item", "two items", "one, guidance 4", "two, guidance 4"
+    lines = [[*head, "paper's FID, SD1.5"], ["---"] * (len(head) + 1)]
     rows = [row for row in kept(args.json) if row["split"] == "test" and row["model"] in SHIPPED]
+    clear = {(row["model"], row["sampler"], row["steps"]): row for row in rows if row["guidance"] == 4}
+    rows = [row for row in rows if row["guidance"] == 2 and "frechet" in row]
     for row in sorted(rows, key=lambda row: (SHIPPED.index(row["model"]), row["sampler"], -row["steps"])):
-        paper = PAPER.get((row["model"], row["sampler"], row["steps"]))
-        lines.append(
-            f"| {row['model']} | {row['sampler']} | {row['steps']} | {row['guidance']:g} | {row['one item']:.1%} "
-            f"| {row['two items']:.1%} | {row['frechet']:.2f} | {row['clip']:.2f} | {f'{paper:.2f}' if paper else ''} |"
-        )
-    return "\n".join(lines) + "\n"
+        key = row["model"], row["sampler"], row["steps"]
+        cells = [*map(str, key), f"{row['frechet']:.2f}", f"{row['clip']:.2f}"]
+        for at in row, clear.get(key):
+            cells += [f"{at[kind]:.1%}" if at else "" for kind in ("one item", "two items")]
+        lines.append([*cells, f"{PAPER[key]:.2f}" if key in PAPER else ""])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def write_table(args: argparse.Namespace) -> None:
@@ -328,41 +331,45 @@ def save(figure, file: Path) -> None:
 
 
 def guidance(args: argparse.Namespace) -> None:
-    """Figure 3: the Frechet distance, and how many prompts that name one item are kept to, over guidance."""
+    """Figure 3: the Frechet distance and the share of prompts kept to (mean of both kinds) over guidance; and one over
+    the other, where further left and up is better at every guidance."""
     plt = pyplot()
 
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3))
-    for path, steps in map(model_and_steps, args.models):
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+    for path, steps, sampler in map(specified, args.models):
         sd = StableDiffusion.load(path, args.device)
-        rows = [row_of(path.name, sd, steps, scale, args) for scale in args.guidance]
-        for axis, column in zip(axes, ("frechet", "one item")):
-            axis.plot(args.guidance, [row[column] for row in rows], marker="o", label=f"{path.name}, {steps} steps")
-    for axis, name in zip(axes, ("Frechet distance", "prompts with one item kept to")):
-        axis.set_xlabel("guidance")
-        axis.set_ylabel(name)
-    axes[0].legend(fontsize=7)
+        rows = [row_of(path.name, sd, steps, sampler, scale, args) for scale in args.guidance]
+        frechet, right = [row["frechet"] for row in rows], [(row["one item"] + row["two items"]) / 2 for row in rows]
+        name = f"{path.name}, {rows[0]['sampler']} {steps}"
+        for axis, x, y in zip(axes, (args.guidance, args.guidance, frechet), (frechet, right, right)):
+            axis.plot(x, y, marker="o", markersize=3, label=name)
+    words = "guidance", "Frechet distance", "prompts kept to"
+    for axis, x, y in zip(axes, (0, 0, 1), (1, 2, 2)):
+        axis.set_xlabel(words[x])
+        axis.set_ylabel(words[y])
+    axes[1].legend(fontsize=6)
     save(figure, args.out / "guidance.png")
 
 
-def model_and_steps(spec: Path) -> tuple[Path, int]:
-    """ "DIR:4" -> the folder, and the number of steps it is sampled in."""
-    path, _, steps = str(spec).rpartition(":")
-    if not steps.isdigit():
-        raise InputError(f"{spec}: name a model folder and its steps, as in weights/miniature:32")
-    return Path(path), int(steps)
+def specified(spec: Path) -> tuple[Path, int, str | None]:
+    """ "DIR:4" -> the folder, the number of steps it is sampled in, and None for the usual sampler; "DIR:4:dpm++"."""
+    path, *how = str(spec).split(":")
+    if not 1 <= len(how) <= 2 or not how[0].isdigit() or how[1:] not in ([], *([name] for name in sample.SAMPLERS)):
+        raise InputError(f"{spec}: name a model folder and its steps, as in weights/miniature:32, or :4:dpm++")
+    return Path(path), int(how[0]), *(how[1:] or [None])
 
 
 # ---- Side by side ---------------------------------------------------------------------------------------------------
 
 
 def side(args: argparse.Namespace) -> None:
-    """Figure 5: a row for each MODEL:STEPS, a column for each prompt; the same noise in every row."""
+    """Figure 5: a row for each MODEL:STEPS[:SAMPLER], a column for each prompt; the same noise in every row."""
     prompts = sample.read_prompts(args.prompts)[:8]
     pictures, names = [], []
-    for path, steps in map(model_and_steps, args.models):
-        made = sample.generate(StableDiffusion.load(path, args.device), prompts, steps, args.guidance[0], seed=0)
-        pictures += list(made)
-        names += [f"{path.name}, {steps} steps"] + [""] * (len(prompts) - 1)
+    for path, steps, sampler in map(specified, args.models):
+        sd = StableDiffusion.load(path, args.device)
+        pictures += list(sample.generate(sd, prompts, steps, args.guidance[0], seed=0, sampler=sampler))
+        names += [f"{path.name}, {sampler or ''} {steps} steps"] + [""] * (len(prompts) - 1)
     args.out.mkdir(parents=True, exist_ok=True)
     sample.contact_sheet(pictures, names, len(prompts)).save(args.out / "side.png")
     print(f"wrote {args.out / 'side.png'}")
@@ -384,7 +391,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument(
-        "models", type=Path, nargs="*", help="model folders; for `side` and `guidance` with :STEPS after each"
+        "models", type=Path, nargs="*", help="model folders; for `side` and `guidance` with :STEPS or :STEPS:SAMPLER"
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[4], help="of `score`")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="`score` and `guidance` take several")
@@ -392,7 +399,7 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, default="validation", help="captions and seeds that `score` uses")
     parser.add_argument("--teacher", type=Path, default=sample.MINIATURE, help="of `errors`")
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind, and paths")
-    parser.add_argument("--pictures", type=int, default=1000, help="of a Frechet distance")
+    parser.add_argument("--pictures", type=int, default=1000, help="of a Frechet distance; 0: prompts alone")
     parser.add_argument("--sizes", type=float, nargs="+", default=[0, 0.05, 0.1, 0.2, 0.3], help="of `noise`, in |v|")
     parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "docs/demo_prompts.txt")
     parser.add_argument("--clip", type=Path, default=Path(__file__).parent / "weights/miniature-clip")

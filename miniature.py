@@ -322,7 +322,7 @@ def told_in(caption: str) -> np.ndarray:
 @torch.no_grad()
 def encode_texts(text: ClipText, ids: Tensor, device: str) -> Tensor:
     """(N, L) token ids -> (N, L, D) fp16: the text encoder is frozen, so its work is done once."""
-    return torch.cat([text(few.to(device))[0].half() for few in ids.split(1000)])
+    return torch.cat([text(few.to(device))[0].half() for few in tqdm(ids.split(1000), desc="reading captions")])
 
 
 def detailed_caption(index: int) -> str:

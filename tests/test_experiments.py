@@ -107,12 +107,14 @@ def row(method, steps, frechet, **more):
 
 def test_the_table_tells_means_and_spreads_of_one_cost_alone():
     flow = {"cost of a stage": 9, "training": 2_000_000}
-    rows = [row("ddim", 32, 8.0), row("i", 4, 10.0, seed=0, **flow), row("i", 4, 14.0, seed=1, **flow)]
+    clear = {"one item, guidance 4": 0.9}  # a flow whose paths hold guidance has none such
+    rows = [row("ddim", 32, 8.0, **clear), row("i", 4, 10.0, seed=0, **flow), row("i", 4, 14.0, seed=1, **flow)]
     rows.append(row("i", 4, 99.0, seed=0, **flow | {"cost of a stage": 1}))
     lines = experiments.table(rows, 9).splitlines()
-    assert lines[2] == "| the teacher, DDIM | 32 | 64 |  | 50.0% | 25.0% | 8.00 | 1.00 | 50.00 | 10.05 |"
-    i = "| **ProReflow-I**: 8, then 4 windows | 4 | 8 | 2.00 M | 50.0% ± 0.0% | 25.0% ± 0.0% | 12.00 ± 2.83 | 1.50 "
-    assert lines[3] == i + "| 50.00 ± 0.00 | 11.16 / 22.97 |" and len(lines) == 4
+    assert lines[2] == "| the teacher, DDIM | 32 | 64 |  | 8.00 | 1.00 | 50.00 | 50.0% | 25.0% | 90.0% |  | 10.05 |"
+    i = "| **ProReflow-I**: 8, then 4 windows | 4 | 8 | 2.00 M | 12.00 ± 2.83 | 1.50 | 50.00 ± 0.00 "
+    assert lines[3] == i + "| 50.0% ± 0.0% | 25.0% ± 0.0% |  |  | 11.16 / 22.97 |" and len(lines) == 4
+    assert {line.count("|") for line in lines} == {13}
 
 
 def test_the_readme_shows_what_was_measured():

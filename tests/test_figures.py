@@ -80,18 +80,37 @@ def test_scores_are_rows_that_say_all_and_are_not_made_twice(tmp_path, monkeypat
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
+def test_prompts_alone_are_scored_without_a_frechet_distance(tmp_path):
+    arguments = ["score", MODEL, "--steps", 1, "--count", 2, "--pictures", 0, "--json", tmp_path / "rows.json"]
+    assert run(*arguments) == 0
+    [row] = json.loads((tmp_path / "rows.json").read_text())
+    assert {"one item", "two items"} < row.keys() and "frechet" not in row
+
+
+def test_the_table_shows_pictures_at_guidance_2_and_prompts_there_and_at_4(tmp_path):
+    at = {"model": "proreflow-i", "sampler": "flow", "steps": 4, "split": "test", "one item": 0.5, "two items": 0.25}
+    rows = [at | {"guidance": 2, "frechet": 7.0, "clip": 50.0}, at | {"guidance": 4, "one item": 0.75}]
+    rows.append(at | {"model": "miniature", "guidance": 2, "frechet": 6.0, "clip": 51.0, "split": "validation"})
+    figures.write_rows(tmp_path / "rows.json", rows)
+    lines = figures.table(argparse.Namespace(json=tmp_path / "rows.json")).splitlines()
+    assert lines[2:] == ["| proreflow-i | flow | 4 | 7.00 | 50.00 | 50.0% | 25.0% | 75.0% | 25.0% | 11.16 |"]
+    assert {line.count("|") for line in lines} == {11}
+
+
 def test_side_by_side_needs_steps_and_draws_a_row_for_each(tmp_path, capsys):
-    assert run("side", MODEL, "--out", tmp_path) == 2
-    assert "name a model folder and its steps" in capsys.readouterr().err
-    assert run("side", f"{MODEL}:1", f"{MODEL}:2", "--out", tmp_path) == 0
+    for spec in MODEL, f"{MODEL}:many", f"{MODEL}:4:heun":
+        assert run("side", spec, "--out", tmp_path) == 2
+        assert "name a model folder and its steps" in capsys.readouterr().err
+    assert run("side", f"{MODEL}:1", f"{MODEL}:2:dpm++", "--out", tmp_path) == 0
     assert (tmp_path / "side.png").exists()
 
 
 def test_scores_over_guidance_are_kept_like_any_other(tmp_path):
     arguments = ["--guidance", 1, 3, "--count", 2, "--pictures", 4, "--out", tmp_path, "--json", tmp_path / "rows.json"]
-    assert run("guidance", f"{MODEL}:1", f"{MODEL}:2", *arguments) == 0
+    assert run("guidance", f"{MODEL}:1:dpm++", f"{MODEL}:2", *arguments) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(row["steps"], row["guidance"]) for row in rows] == [(1, 1.0), (1, 3.0), (2, 1.0), (2, 3.0)]
+    assert [row["sampler"] for row in rows] == ["dpm++", "dpm++", "ddim", "ddim"]
     assert (tmp_path / "guidance.png").exists()
     assert run("score", MODEL, "--steps", 2, *arguments) == 0
     assert json.loads((tmp_path / "rows.json").read_text()) == rows

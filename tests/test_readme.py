@@ -8,6 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import exit_code
+
+import clip_score
+import fid
+import sample
+import train
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -74,3 +80,31 @@ def test_line_counts_are_those_of_the_files():
         told = [int(count) for count in counts.split(",")]
         assert len(told) == len(actual), names
         assert all(abs(a - b) <= 0.1 * a for a, b in zip(actual, told)), f"{names}: {actual}, not {told}"
+
+
+def told(program: str, *having: str) -> list[list[str]]:
+    """The arguments of the README's commands for a program, in their order, that hold all of these words."""
+    lines = [match.group(1) for match in COMMAND.finditer(README) if match.group(1)]
+    words = [shlex.split(line) for line in lines if f" {program}.py " in line and all(word in line for word in having)]
+    assert words
+    return [line[line.index(f"{program}.py") + 1 :] for line in words]
+
+
+def test_the_commands_that_need_nothing_but_this_repository_run(tmp_path, monkeypatch, capsys):
+    """All four stages with one update each, pictures of the last one, and their scores, as the README has them."""
+    monkeypatch.chdir(ROOT)
+    stages = [line for line in told("train", "--stage") if "--model" not in line]
+    assert [line[:2] for line in stages] == [["--stage", str(stage)] for stage in (1, 2, 3, 4)]
+    for line in stages:
+        short = ["--iters", 1, "--batch-size", 2, "--sample-every", 0, "--out", tmp_path]
+        assert exit_code(train, *line, *short) == 0
+    [prompts] = told("sample", "--steps 4 --prompt ")
+    for name, model in ("ours", sample.FLOW), ("new", tmp_path / "stage-4"):
+        assert exit_code(sample, *prompts, "--model", model, "--n", 2, "--out", tmp_path / name) == 0
+    folders = {"REFERENCE": tmp_path / "ours", "GENERATED": tmp_path / "new"}
+    [line] = told("fid", "--clip weights/miniature-clip")
+    assert exit_code(fid, *(folders.get(word, word) for word in line)) == 0
+    [line] = told("clip_score", "python clip_score.py GENERATED")
+    line[line.index("--clip") + 1] = "weights/miniature-clip"
+    assert exit_code(clip_score, *(folders.get(word, word) for word in line)) == 0
+    assert "4 pictures" in capsys.readouterr().out
