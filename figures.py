@@ -14,6 +14,7 @@ MODEL is a model folder: a diffusion model, which is solved by DDIM, or a flow. 
 """
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
@@ -36,6 +37,7 @@ from clip_score import ClipScore
 from loss import decomposed_velocity_loss
 from miniature import TEST, VALIDATION, statistics
 from model import InputError, StableDiffusion
+from runs import flow_scheduler
 
 FINE = 32  # steps of a path that is looked at closely; of a diffusion model, this many DDIM steps
 SPLITS = {"validation": VALIDATION, "test": TEST}  # settings are chosen on one, reported on the other
@@ -46,10 +48,12 @@ SPLITS = {"validation": VALIDATION, "test": TEST}  # settings are chosen on one,
 
 def score(args: argparse.Namespace) -> None:
     """A row for every model, number of steps and guidance. Rows are kept in --json, and not made again."""
-    models = [StableDiffusion.load(path, args.device) for path in args.models]
-    for (path, sd), steps, guidance in itertools.product(zip(args.models, models), args.steps, args.guidance):
+    models = {path.name: StableDiffusion.load(path, args.device) for path in args.models}
+    if args.ideal:
+        models = {f"{name}, ideal": ideal_flow(sd, args.ideal) for name, sd in models.items()}
+    for (name, sd), steps, guidance in itertools.product(models.items(), args.steps, args.guidance):
         if steps >= (sd.windows or 1):
-            row_of(path.name, sd, steps, args.sampler, guidance, args)
+            row_of(name, sd, steps, args.sampler, guidance, args)
 
 
 def row_of(
@@ -183,6 +187,33 @@ def table(args: argparse.Namespace) -> str:
 
 def write_table(args: argparse.Namespace) -> None:
     checkpoint.write_between(README, MARKS, table(args))
+
+
+class IdealUNet(nn.Module):
+    """A flow's network that has learned without errors, to tell those of training from those of the method: asked at
+    the start of a window, it walks the teacher's whole path through it, and answers with the noise that leads there."""
+
+    def __init__(self, teacher: StableDiffusion, windows: int):
+        super().__init__()
+        self.unet, self.windows, self.alphas_cumprod = teacher.unet, windows, teacher.alphas_cumprod
+        self.cfg, self.conv_in, self.conv_out = self.unet.cfg, self.unet.conv_in, self.unet.conv_out
+        self.text_keys_values = self.unet.text_keys_values
+
+    def forward(self, x: Tensor, tau: Tensor, *conditions) -> Tensor:
+        grid = reflow.solver_grid(tau, self.windows, FINE // self.windows)
+        z_e = reflow.ddim(lambda z, at: self.unet(z, at - 1, *conditions), x, self.alphas_cumprod, grid)
+        lam, eta = reflow.jump(*(reflow.alpha_bar(self.alphas_cumprod, at) for at in (grid[0], grid[-1])))
+        return (z_e - reflow.along(lam, x) * x) / reflow.along(eta, x)
+
+
+def ideal_flow(teacher: StableDiffusion, windows: int) -> StableDiffusion:
+    """What training a diffusion model to so many windows could reach at best, to be sampled in as many steps."""
+    if teacher.windows or FINE % windows:
+        raise InputError(f"--ideal needs a diffusion model, and a divisor of {FINE} windows")
+    flow = copy.copy(teacher)
+    flow.unet = IdealUNet(teacher, windows)
+    flow.configs = teacher.configs | {"scheduler": flow_scheduler(teacher, windows)}
+    return flow
 
 
 # ---- Paths and velocities -------------------------------------------------------------------------------------------
@@ -396,6 +427,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[4], help="of `score`")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="`score` and `guidance` take several")
     parser.add_argument("--sampler", choices=sample.SAMPLERS, help="of `score`; default: flow or ddim")
+    parser.add_argument("--ideal", type=int, metavar="WINDOWS", help="`score` the flow that MODEL could at best become")
     parser.add_argument("--split", choices=SPLITS, default="validation", help="captions and seeds that `score` uses")
     parser.add_argument("--teacher", type=Path, default=sample.MINIATURE, help="of `errors`")
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind, and paths")

@@ -80,6 +80,19 @@ def test_scores_are_rows_that_say_all_and_are_not_made_twice(tmp_path, monkeypat
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
+def test_without_guidance_four_steps_of_an_ideal_flow_are_its_teachers_32():
+    sd = StableDiffusion.load(MODEL)
+    flow, prompts = figures.ideal_flow(sd, 4), ["a red circle", "a blue ring"]
+
+    def pictures(model, steps, guidance):
+        return sample.generate(model, prompts, steps, guidance, seed=3).astype(int)
+
+    assert np.abs(pictures(flow, 4, 1.0) - pictures(sd, 32, 1.0)).max() <= 1
+    assert np.abs(pictures(flow, 4, 4.0) - pictures(sd, 32, 4.0)).max() > 20  # of whole windows, it is another thing
+    with pytest.raises(figures.InputError, match="a diffusion model"):
+        figures.ideal_flow(flow, 2)
+
+
 def test_prompts_alone_are_scored_without_a_frechet_distance(tmp_path):
     arguments = ["score", MODEL, "--steps", 1, "--count", 2, "--pictures", 0, "--json", tmp_path / "rows.json"]
     assert run(*arguments) == 0
