@@ -162,7 +162,7 @@ README, MARKS = (
 )
 
 
-SHIPPED = ["miniature", "proreflow-i", "proreflow-ii", "one-step"]
+SHIPPED = ["miniature", "miniature, ideal", "proreflow-i", "proreflow-ii", "one-step"]
 # What the paper measured with SD1.5: FID of 30,000 captions of COCO-2014, its table 2.
 PAPER = {("miniature", "ddim", 32): 10.05, ("miniature", "dpm++", 4): 22.36, ("proreflow-i", "flow", 4): 11.16}
 PAPER |= {("proreflow-ii", "flow", 4): 10.70, ("proreflow-ii", "flow", 2): 15.44}

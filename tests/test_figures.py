@@ -93,6 +93,15 @@ def test_without_guidance_four_steps_of_an_ideal_flow_are_its_teachers_32():
         figures.ideal_flow(flow, 2)
 
 
+def test_an_ideal_flow_is_scored_as_what_it_is_of(tmp_path, capsys):
+    arguments = ["--steps", 2, "--count", 1, "--pictures", 0, "--json", tmp_path / "rows.json"]
+    assert run("score", MODEL, "--ideal", 2, *arguments) == 0
+    [row] = json.loads((tmp_path / "rows.json").read_text())
+    assert (row["model"], row["sampler"], row["evaluations"]) == ("miniature, ideal", "flow", 2)
+    assert run("score", MODEL, "--ideal", 5, *arguments) == 2
+    assert "a divisor of 32" in capsys.readouterr().err
+
+
 def test_prompts_alone_are_scored_without_a_frechet_distance(tmp_path):
     arguments = ["score", MODEL, "--steps", 1, "--count", 2, "--pictures", 0, "--json", tmp_path / "rows.json"]
     assert run(*arguments) == 0

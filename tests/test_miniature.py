@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import exit_code
 from parity import draw
 
 import fid
@@ -244,6 +245,25 @@ def test_the_shipped_model_keeps_to_its_prompts():
     sd = StableDiffusion.load(SHIPPED)
     assert miniature.accuracy(sd, 32, 5.0, miniature.TEST, named=1, count=100) > 0.86
     assert miniature.accuracy(sd, 32, 5.0, miniature.TEST, named=2, count=100) > 0.73
+
+
+@shipped
+def test_evaluation_chooses_the_guidance_on_validation_prompts_and_reports_on_others(monkeypatch, capsys):
+    asked, real = [], miniature.accuracy
+
+    def accuracy(sd, steps, guidance, seed, named, count, sampler):
+        asked.append((seed, guidance, steps, sampler))
+        return guidance == 3 if seed == miniature.VALIDATION else real(sd, steps, guidance, seed, named, 1, sampler)
+
+    monkeypatch.setattr(miniature, "accuracy", accuracy)
+    out = miniature.ROOT / "weights/one-step"
+    assert exit_code(miniature, "--evaluate", "--out", out, "--pictures", 2, "--device", "cpu") == 0
+    assert {(guidance, steps) for seed, guidance, steps, _ in asked if seed == miniature.TEST} == {
+        (3.0, steps) for steps in (8, 4, 2, 1)
+    }
+    assert {steps for seed, _, steps, _ in asked if seed == miniature.VALIDATION} == {8}
+    lines = capsys.readouterr().out.splitlines()
+    assert "guidance 3, 2 pictures at 2" in lines[5] and len(lines) == 13 and lines[-1].startswith("| flow | 1 |")
 
 
 @shipped
