@@ -70,6 +70,7 @@ class Method:
 
 
 EIGHT, FOUR, TWO, ONE = Stage(8), Stage(4), Stage(2), Stage(1)
+GUIDED = Stage(8, guidance=GUIDANCE)  # the later stages learn from this flow, which needs no guidance any more
 ALL, HALF, EVEN = {"starts": 1.0}, {"starts": 0.5, "points": 4}, {"starts": 0.0, "points": 4}
 METHODS = {
     "perflow": Method("PeRFlow: 4 windows at once, plain loss", (Stage(4, 2, 0),), {4: (12.01, 23.81)}),
@@ -90,11 +91,9 @@ METHODS = {
     ),
     "i-starts": Method("ProReflow-I, starts alone", (Stage(8, **ALL), Stage(4, **ALL)), {4: (None, None)}),
     "perflow-starts": Method("PeRFlow, starts alone", (Stage(4, 2, 0, **ALL),), {4: (None, None)}),
-    "i-guided": Method(
-        "ProReflow-I on guided paths, starts alone",
-        (Stage(8, guidance=GUIDANCE, **ALL), Stage(4, **ALL)),
-        {4: (None, None)},
-    ),
+    "i-guided": Method("on guided paths: 8, then 4 windows", (GUIDED, FOUR), {4: (None, None)}),
+    "ii-guided": Method("on guided paths: 8, 4, 2 windows", (GUIDED, FOUR, TWO), {2: (None, None)}),
+    "one-guided": Method("on guided paths: 8, 4, 2, 1 windows", (GUIDED, FOUR, TWO, ONE), {1: (None, None)}),
 }
 ALPHAS = (0.0, 0.01, 0.1, 1.0, 10.0)
 FIGURE_4 = {f"eight-{a:g}": Method(f"8 windows, alpha {a:g}", (Stage(8, alpha=a),), {8: (None, None)}) for a in ALPHAS}

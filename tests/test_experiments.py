@@ -34,7 +34,12 @@ def settings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [("perflow", "i", "at-once", "plain", "i-half", "i-even", "i-guided"), ("ii", "two"), ("one", "reflow")]
+    "names",
+    [
+        ("perflow", "i", "at-once", "plain", "i-half", "i-even", "i-guided"),
+        ("ii", "two", "ii-guided"),
+        ("one", "reflow", "one-guided"),
+    ],
 )
 def test_methods_that_are_compared_cost_the_same(tmp_path, commands, names):
     costs = [experiments.trained(METHODS[name], 0, 250_000, settings(tmp_path))[1] for name in names]
@@ -68,7 +73,7 @@ def test_a_methods_settings_reach_the_trainer(tmp_path, commands):
     experiments.trained(METHODS["perflow-even"], 2, 20_000, settings(tmp_path))
     experiments.trained(METHODS["i-guided"], 2, 20_000, settings(tmp_path))
     even, guided, merged = commands
-    assert (merged["--starts"], merged["--points"], merged["--alpha"]) == ("1.0", "1", "0.1")
+    assert (merged["--starts"], merged["--points"], merged["--alpha"]) == ("0.75", "1", "0.1")
     assert int(merged["--batch-size"]) == 4 * int(even["--batch-size"])
     assert (even["--windows"], even["--alpha"], even["--starts"]) == ("4", "0", "0.0")
     assert even["--teacher-guidance"] == "1.0"
