@@ -170,15 +170,16 @@ PAPER |= {("proreflow-ii", "flow", 4): 10.70, ("proreflow-ii", "flow", 2): 15.44
 
 def table(args: argparse.Namespace) -> str:
     """The shipped models' rows of the test split in --json, as the README shows them: pictures at guidance 2, where
-    they look best; prompts kept to there and at guidance 4, which is `sample.py`'s."""
-    head = "model", "sampler", "steps", "Frechet", "CLIP", "one item", "two items", "one, guidance 4", "two, guidance 4"
-    lines = [[*head, "paper's FID, SD1.5"], ["---"] * (len(head) + 1)]
+    they look best, or 1 of flows whose paths hold it; prompts kept to there, and at 4, which is `sample.py`'s."""
+    head = "model", "sampler", "steps", "evaluations", "Frechet", "CLIP", "one item", "two items"
+    lines = [[*head, "one, guidance 4", "two, guidance 4", "paper's FID, SD1.5"], ["---"] * (len(head) + 3)]
     rows = [row for row in kept(args.json) if row["split"] == "test" and row["model"] in SHIPPED]
     clear = {(row["model"], row["sampler"], row["steps"]): row for row in rows if row["guidance"] == 4}
-    rows = [row for row in rows if row["guidance"] == 2 and "frechet" in row]
+    rows = [row for row in rows if row["guidance"] != 4]
     for row in sorted(rows, key=lambda row: (SHIPPED.index(row["model"]), row["sampler"], -row["steps"])):
         key = row["model"], row["sampler"], row["steps"]
-        cells = [*map(str, key), f"{row['frechet']:.2f}", f"{row['clip']:.2f}"]
+        cells = [*map(str, key), str(row["evaluations"])]
+        cells += [f"{row[name]:.2f}" if name in row else "" for name in ("frechet", "clip")]
         for at in row, clear.get(key):
             cells += [f"{at[kind]:.1%}" if at else "" for kind in ("one item", "two items")]
         lines.append([*cells, f"{PAPER[key]:.2f}" if key in PAPER else ""])
@@ -399,7 +400,8 @@ def side(args: argparse.Namespace) -> None:
     pictures, names = [], []
     for path, steps, sampler in map(specified, args.models):
         sd = StableDiffusion.load(path, args.device)
-        pictures += list(sample.generate(sd, prompts, steps, args.guidance[0], seed=0, sampler=sampler))
+        scale = 1.0 if sd.guidance == 1 else args.guidance[0]  # some flows' paths hold guidance already
+        pictures += list(sample.generate(sd, prompts, steps, scale, seed=0, sampler=sampler))
         names += [f"{path.name}, {sampler or ''} {steps} steps"] + [""] * (len(prompts) - 1)
     args.out.mkdir(parents=True, exist_ok=True)
     sample.contact_sheet(pictures, names, len(prompts)).save(args.out / "side.png")

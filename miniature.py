@@ -469,7 +469,8 @@ def evaluate(args: argparse.Namespace) -> None:
         runs = [("ddim", steps) for steps in (32, 16, 8, 4)] + [("dpm++", steps) for steps in (8, 4)]
     scores = {args.guidance: 0.0} if args.guidance else {}
     for guidance in (2.0, 3.0, 4.0, 5.0, 7.0) if not scores else ():
-        one, two = (accuracy(sd, runs[0][1], guidance, VALIDATION, named, count, runs[0][0]) for named in (1, 2))
+        sampler, steps = runs[0] if sd.windows else runs[1]
+        one, two = (accuracy(sd, steps, guidance, VALIDATION, named, count, sampler) for named in (1, 2))
         print(f"validation, guidance {guidance:g}: one item {one:.1%}, two {two:.1%}", flush=True)
         scores[guidance] = one + two
     best = max(scores, key=scores.get)

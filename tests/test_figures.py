@@ -111,12 +111,13 @@ def test_prompts_alone_are_scored_without_a_frechet_distance(tmp_path):
 
 def test_the_table_shows_pictures_at_guidance_2_and_prompts_there_and_at_4(tmp_path):
     at = {"model": "proreflow-i", "sampler": "flow", "steps": 4, "split": "test", "one item": 0.5, "two items": 0.25}
+    at["evaluations"] = 8
     rows = [at | {"guidance": 2, "frechet": 7.0, "clip": 50.0}, at | {"guidance": 4, "one item": 0.75}]
     rows.append(at | {"model": "miniature", "guidance": 2, "frechet": 6.0, "clip": 51.0, "split": "validation"})
     figures.write_rows(tmp_path / "rows.json", rows)
     lines = figures.table(argparse.Namespace(json=tmp_path / "rows.json")).splitlines()
-    assert lines[2:] == ["| proreflow-i | flow | 4 | 7.00 | 50.00 | 50.0% | 25.0% | 75.0% | 25.0% | 11.16 |"]
-    assert {line.count("|") for line in lines} == {11}
+    assert lines[2:] == ["| proreflow-i | flow | 4 | 8 | 7.00 | 50.00 | 50.0% | 25.0% | 75.0% | 25.0% | 11.16 |"]
+    assert {line.count("|") for line in lines} == {12}
 
 
 def test_side_by_side_needs_steps_and_draws_a_row_for_each(tmp_path, capsys):
@@ -125,6 +126,15 @@ def test_side_by_side_needs_steps_and_draws_a_row_for_each(tmp_path, capsys):
         assert "name a model folder and its steps" in capsys.readouterr().err
     assert run("side", f"{MODEL}:1", f"{MODEL}:2:dpm++", "--out", tmp_path) == 0
     assert (tmp_path / "side.png").exists()
+
+
+def test_side_by_side_a_flow_whose_paths_hold_guidance_gets_no_more_of_it(tmp_path, monkeypatch):
+    sd, asked, generate = StableDiffusion.load(MODEL), [], sample.generate
+    for name, guidance in ("plain", 1.0), ("guided", 2.0):
+        train.save_flow(sd.unet, train.flow_scheduler(sd, 1, guidance), MODEL, tmp_path / name, torch.float32)
+    monkeypatch.setattr(sample, "generate", lambda *given, **how: asked.append(given[3]) or generate(*given, **how))
+    assert run("side", f"{tmp_path}/plain:1", f"{tmp_path}/guided:1", "--guidance", 6, "--out", tmp_path) == 0
+    assert asked == [6.0, 1.0]
 
 
 def test_scores_over_guidance_are_kept_like_any_other(tmp_path):
