@@ -91,7 +91,11 @@ METHODS = {
     ),
     "i-starts": Method("ProReflow-I, starts alone", (Stage(8, **ALL), Stage(4, **ALL)), {4: (None, None)}),
     "perflow-starts": Method("PeRFlow, starts alone", (Stage(4, 2, 0, **ALL),), {4: (None, None)}),
-    "i-guided": Method("on guided paths: 8, then 4 windows", (GUIDED, FOUR), {4: (None, None)}),
+    "i-guided": Method(
+        "ProReflow-I on guided paths, starts alone",
+        (Stage(8, guidance=GUIDANCE, **ALL), Stage(4, **ALL)),
+        {4: (None, None)},
+    ),
     "ii-guided": Method("on guided paths: 8, 4, 2 windows", (GUIDED, FOUR, TWO), {2: (None, None)}),
     "one-guided": Method("on guided paths: 8, 4, 2, 1 windows", (GUIDED, FOUR, TWO, ONE), {1: (None, None)}),
 }

@@ -73,7 +73,7 @@ def test_a_methods_settings_reach_the_trainer(tmp_path, commands):
     experiments.trained(METHODS["perflow-even"], 2, 20_000, settings(tmp_path))
     experiments.trained(METHODS["i-guided"], 2, 20_000, settings(tmp_path))
     even, guided, merged = commands
-    assert (merged["--starts"], merged["--points"], merged["--alpha"]) == ("0.75", "1", "0.1")
+    assert (merged["--starts"], merged["--points"], merged["--alpha"]) == ("1.0", "1", "0.1")
     assert int(merged["--batch-size"]) == 4 * int(even["--batch-size"])
     assert (even["--windows"], even["--alpha"], even["--starts"]) == ("4", "0", "0.0")
     assert even["--teacher-guidance"] == "1.0"
