@@ -48,10 +48,10 @@ SPLITS = {"validation": VALIDATION, "test": TEST}  # settings are chosen on one,
 
 def score(args: argparse.Namespace) -> None:
     """A row for every model, number of steps and guidance. Rows are kept in --json, and not made again."""
-    models = {path.name: StableDiffusion.load(path, args.device) for path in args.models}
+    models = [(path.name, StableDiffusion.load(path, args.device)) for path in args.models]
     if args.ideal:
-        models = {f"{name}, ideal": ideal_flow(sd, args.ideal) for name, sd in models.items()}
-    for (name, sd), steps, guidance in itertools.product(models.items(), args.steps, args.guidance):
+        models = [(f"{name}, ideal", ideal_flow(sd, args.ideal)) for name, sd in models]
+    for (name, sd), steps, guidance in itertools.product(models, args.steps, args.guidance):
         if steps >= (sd.windows or 1):
             row_of(name, sd, steps, args.sampler, guidance, args)
 
@@ -366,6 +366,8 @@ def guidance(args: argparse.Namespace) -> None:
     """Figure 3: the Frechet distance and the share of prompts kept to (mean of both kinds) over guidance; and one over
     the other, where further left and up is better at every guidance."""
     plt = pyplot()
+    if not args.pictures:
+        raise InputError("guidance needs --pictures for its Frechet distances")
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
     for path, steps, sampler in map(specified, args.models):

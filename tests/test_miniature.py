@@ -243,8 +243,8 @@ def test_the_shipped_model_is_small():
 def test_the_shipped_model_keeps_to_its_prompts():
     """100 of the prompts that `miniature.py --evaluate` measures; bounds three standard errors below README."""
     sd = StableDiffusion.load(SHIPPED)
-    assert miniature.accuracy(sd, 32, 5.0, miniature.TEST, named=1, count=100) > 0.86
-    assert miniature.accuracy(sd, 32, 5.0, miniature.TEST, named=2, count=100) > 0.73
+    assert miniature.accuracy(sd, 32, 5.0, miniature.TEST, named=1, count=100) > 0.88
+    assert miniature.accuracy(sd, 32, 5.0, miniature.TEST, named=2, count=100) > 0.76
 
 
 @shipped
@@ -256,14 +256,18 @@ def test_evaluation_chooses_the_guidance_on_validation_prompts_and_reports_on_ot
         return guidance == 3 if seed == miniature.VALIDATION else real(sd, steps, guidance, seed, named, 1, sampler)
 
     monkeypatch.setattr(miniature, "accuracy", accuracy)
-    out = miniature.ROOT / "weights/one-step"
+    out = miniature.ROOT / "weights/proreflow-ii"
     assert exit_code(miniature, "--evaluate", "--out", out, "--pictures", 2, "--device", "cpu") == 0
     assert {(guidance, steps) for seed, guidance, steps, _ in asked if seed == miniature.TEST} == {
-        (3.0, steps) for steps in (8, 4, 2, 1)
+        (3.0, steps) for steps in (8, 4, 2)
     }
     assert {steps for seed, _, steps, _ in asked if seed == miniature.VALIDATION} == {8}
     lines = capsys.readouterr().out.splitlines()
-    assert "guidance 3, 2 pictures at 2" in lines[5] and len(lines) == 13 and lines[-1].startswith("| flow | 1 |")
+    assert "guidance 3, 2 pictures at 2" in lines[5] and len(lines) == 12 and lines[-1].startswith("| flow | 2 |")
+    asked.clear()
+    guided = miniature.ROOT / "weights/one-step"
+    assert exit_code(miniature, "--evaluate", "--out", guided, "--pictures", 0, "--device", "cpu") == 0
+    assert {guidance for _, guidance, _, _ in asked} == {1.0}
 
 
 @shipped
