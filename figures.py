@@ -162,21 +162,24 @@ README, MARKS = (
 )
 
 
-SHIPPED = ["miniature", "miniature, ideal", "proreflow-i", "proreflow-ii", "one-step"]
+# Shipped in weights/, but for stage-3, ProReflow-II as the paper trains it, and guided-1, of one step: the README says
+# with which commands those are made.
+SHOWN = ["miniature", "miniature, ideal", "proreflow-i", "stage-3"]
+SHOWN += ["proreflow-i-guided", "proreflow-ii-guided", "guided-1"]
 # What the paper measured with SD1.5: FID of 30,000 captions of COCO-2014, its table 2.
 PAPER = {("miniature", "ddim", 32): 10.05, ("miniature", "dpm++", 4): 22.36, ("proreflow-i", "flow", 4): 11.16}
-PAPER |= {("proreflow-ii", "flow", 4): 10.70, ("proreflow-ii", "flow", 2): 15.44}
+PAPER |= {("stage-3", "flow", 4): 10.70, ("stage-3", "flow", 2): 15.44}
 
 
 def table(args: argparse.Namespace) -> str:
-    """The shipped models' rows of the test split in --json, as the README shows them: pictures at guidance 2, where
+    """Rows of the test split in --json, as the README shows them: pictures at guidance 2, where
     they look best, or 1 of flows whose paths hold it; prompts kept to there, and at 4, which is `sample.py`'s."""
     head = "model", "sampler", "steps", "evaluations", "Frechet", "CLIP", "one item", "two items"
     lines = [[*head, "one, guidance 4", "two, guidance 4", "paper's FID, SD1.5"], ["---"] * (len(head) + 3)]
-    rows = [row for row in kept(args.json) if row["split"] == "test" and row["model"] in SHIPPED]
+    rows = [row for row in kept(args.json) if row["split"] == "test" and row["model"] in SHOWN]
     clear = {(row["model"], row["sampler"], row["steps"]): row for row in rows if row["guidance"] == 4}
     rows = [row for row in rows if row["guidance"] != 4]
-    for row in sorted(rows, key=lambda row: (SHIPPED.index(row["model"]), row["sampler"], -row["steps"])):
+    for row in sorted(rows, key=lambda row: (SHOWN.index(row["model"]), row["sampler"], -row["steps"])):
         key = row["model"], row["sampler"], row["steps"]
         cells = [*map(str, key), str(row["evaluations"])]
         cells += [f"{row[name]:.2f}" if name in row else "" for name in ("frechet", "clip")]
@@ -372,16 +375,18 @@ def guidance(args: argparse.Namespace) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
     for path, steps, sampler in map(specified, args.models):
         sd = StableDiffusion.load(path, args.device)
-        rows = [row_of(path.name, sd, steps, sampler, scale, args) for scale in args.guidance]
+        held = sd.configs["scheduler"].get("trained_guidance")  # by its paths: such a flow is a single point
+        scales = [held] if held else args.guidance
+        rows = [row_of(path.name, sd, steps, sampler, 1.0 if held else scale, args) for scale in scales]
         frechet, right = [row["frechet"] for row in rows], [(row["one item"] + row["two items"]) / 2 for row in rows]
         name = f"{path.name}, {rows[0]['sampler']} {steps}"
-        for axis, x, y in zip(axes, (args.guidance, args.guidance, frechet), (frechet, right, right)):
+        for axis, x, y in zip(axes, (scales, scales, frechet), (frechet, right, right)):
             axis.plot(x, y, marker="o", markersize=3, label=name)
     words = "guidance", "Frechet distance", "prompts kept to"
     for axis, x, y in zip(axes, (0, 0, 1), (1, 2, 2)):
         axis.set_xlabel(words[x])
         axis.set_ylabel(words[y])
-    axes[1].legend(fontsize=6)
+    axes[2].legend(fontsize=6, loc="lower left")
     save(figure, args.out / "guidance.png")
 
 

@@ -28,7 +28,7 @@ import reflow
 from model import InputError, StableDiffusion
 
 MINIATURE = Path(__file__).parent / "weights/miniature"  # a diffusion model
-FLOW = Path(__file__).parent / "weights/proreflow-i"  # what train.py made of it, for few steps
+FLOW = Path(__file__).parent / "weights/proreflow-i-guided"  # what train.py made of it, for few steps
 SAMPLERS = {"flow": "windowed Euler", "ddim": "DDIM", "dpm++": "DPM-Solver++ 2M"}
 
 

@@ -148,6 +148,14 @@ def test_scores_over_guidance_are_kept_like_any_other(tmp_path):
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
 
 
+def test_a_flow_whose_paths_hold_guidance_is_one_point_of_the_figure_over_guidance(tmp_path):
+    sd = StableDiffusion.load(MODEL)
+    train.save_flow(sd.unet, train.flow_scheduler(sd, 1, 2.5), MODEL, tmp_path / "guided", torch.float32)
+    arguments = ["--guidance", 3, 4, "--count", 1, "--pictures", 4, "--out", tmp_path, "--json", tmp_path / "rows.json"]
+    assert run("guidance", f"{tmp_path}/guided:1", *arguments) == 0
+    assert [row["guidance"] for row in json.loads((tmp_path / "rows.json").read_text())] == [1.0]
+
+
 def test_without_matplotlib_a_figure_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)

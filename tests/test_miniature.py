@@ -256,16 +256,16 @@ def test_evaluation_chooses_the_guidance_on_validation_prompts_and_reports_on_ot
         return guidance == 3 if seed == miniature.VALIDATION else real(sd, steps, guidance, seed, named, 1, sampler)
 
     monkeypatch.setattr(miniature, "accuracy", accuracy)
-    out = miniature.ROOT / "weights/proreflow-ii"
+    out = miniature.ROOT / "weights/proreflow-i"
     assert exit_code(miniature, "--evaluate", "--out", out, "--pictures", 2, "--device", "cpu") == 0
     assert {(guidance, steps) for seed, guidance, steps, _ in asked if seed == miniature.TEST} == {
-        (3.0, steps) for steps in (8, 4, 2)
+        (3.0, steps) for steps in (8, 4)
     }
     assert {steps for seed, _, steps, _ in asked if seed == miniature.VALIDATION} == {8}
     lines = capsys.readouterr().out.splitlines()
-    assert "guidance 3, 2 pictures at 2" in lines[5] and len(lines) == 12 and lines[-1].startswith("| flow | 2 |")
+    assert "guidance 3, 2 pictures at 2" in lines[5] and len(lines) == 11 and lines[-1].startswith("| flow | 4 |")
     asked.clear()
-    guided = miniature.ROOT / "weights/one-step"
+    guided = miniature.ROOT / "weights/proreflow-ii-guided"
     assert exit_code(miniature, "--evaluate", "--out", guided, "--pictures", 0, "--device", "cpu") == 0
     assert {guidance for _, guidance, _, _ in asked} == {1.0}
 
