@@ -8,6 +8,7 @@ both see the same input. The error is the largest difference, relative to the la
 """
 
 import argparse
+import copy
 import functools
 import json
 import time
@@ -98,13 +99,16 @@ def run_feed_forward():
 # ---- whole networks ----
 
 
-@functools.lru_cache(maxsize=1)
-def random_unet(settings: str, dtype: torch.dtype) -> nn.Module:
-    return randomize(diffusers.UNet2DConditionModel(**without_class(json.loads(settings))), 0).to(dtype)
+@functools.lru_cache(maxsize=2)  # drawing the weights takes longer than running the network
+def random_unet(settings: str) -> nn.Module:
+    network = on_meta(diffusers.UNet2DConditionModel, **without_class(json.loads(settings)))
+    return randomize(network.to_empty(device="cpu"), 0)
 
 
 def run_unet(settings: dict, size: int, dtype: torch.dtype = torch.float32):
-    theirs = random_unet(json.dumps(settings), dtype)
+    theirs = random_unet(json.dumps(settings))
+    if dtype != torch.float32:
+        theirs = copy.deepcopy(theirs).to(dtype)
     mine = share(ours(UNet, UNetConfig, settings), theirs)
     x, t = draw(2, 4, size, size).to(dtype), torch.tensor([999, 17])
     text, extra, added = draw(2, 77, settings["cross_attention_dim"], seed=2).to(dtype), (), None

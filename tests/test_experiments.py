@@ -87,9 +87,10 @@ def test_a_failed_training_ends_the_run_with_one_line(tmp_path, monkeypatch):
 
 
 def test_a_method_is_trained_scored_and_then_known(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "SOLVERS", {"ddim": (2,)})
-    command = ["--methods", "i", "--seeds", 3, "--cost", 256, "--prompts", 1, "--pictures", 4, "--device", "cpu"]
+    monkeypatch.setattr(experiments, "SOLVERS", [("ddim", 2), ("dpm++", 1)])
+    command = ["--methods", "i", "ddim", "--seeds", 3, "--cost", 256, "--prompts", 1, "--pictures", 4]
     command += ["--out", tmp_path / "out", "--data", tmp_path / "latents", "--json", tmp_path / "rows.json"]
+    command += ["--device", "cpu"]
     assert exit_code(experiments, *command) == 2
     assert "holds no latents; make them: python data.py cache" in capsys.readouterr().err
     data.cache(StableDiffusion.load(sample.MINIATURE).vae, data.Scenes(0), 32, tmp_path / "latents")
@@ -122,11 +123,16 @@ def test_the_table_tells_means_and_spreads_of_one_cost_alone():
     assert {line.count("|") for line in lines} == {13}
 
 
+def test_without_the_teachers_row_there_is_no_table():
+    with pytest.raises(experiments.InputError, match="python experiments.py --methods ddim"):
+        experiments.table([row("ddim", 4, 8.0)], 9)
+
+
 def test_the_readme_shows_what_was_measured():
     rows = experiments.of_one_teacher(experiments.figures.kept(experiments.ROOT / "docs/results/experiments.json"))
     readme = (experiments.ROOT / "README.md").read_text(encoding="utf-8")
     shown = readme.split(experiments.MARKS[0])[1].split(experiments.MARKS[1])[0]
-    assert shown == experiments.table(rows, 125_000)
+    assert shown == experiments.table(rows, experiments.COST)
 
 
 def test_a_table_is_of_one_teacher_the_last():
