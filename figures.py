@@ -172,8 +172,8 @@ PAPER |= {("stage-3", "flow", 4): 10.70, ("stage-3", "flow", 2): 15.44}
 
 
 def table(args: argparse.Namespace) -> str:
-    """Rows of the test split in --json, as the README shows them: pictures at guidance 2, where
-    they look best, or 1 of flows whose paths hold it; prompts kept to there, and at 4, which is `sample.py`'s."""
+    """Rows of the test split in --json, as the README shows them: pictures at guidance 2, where they look best, or 1 of
+    flows whose paths hold it; prompts kept to there, and at 4, which is `sample.py`'s."""
     head = "model", "sampler", "steps", "evaluations", "Frechet", "CLIP", "one item", "two items"
     lines = [[*head, "one, guidance 4", "two, guidance 4", "paper's FID, SD1.5"], ["---"] * (len(head) + 3)]
     rows = [row for row in kept(args.json) if row["split"] == "test" and row["model"] in SHOWN]
