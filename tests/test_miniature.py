@@ -19,6 +19,7 @@ from parity import draw
 
 import fid
 import miniature
+import runs
 import sample
 import scenes
 from clip_score import ClipScore
@@ -248,7 +249,7 @@ def test_the_shipped_model_keeps_to_its_prompts():
 
 
 @shipped
-def test_evaluation_chooses_the_guidance_on_validation_prompts_and_reports_on_others(monkeypatch, capsys):
+def test_evaluation_chooses_the_guidance_on_validation_prompts_and_reports_on_others(tmp_path, monkeypatch, capsys):
     asked, real = [], miniature.accuracy
 
     def accuracy(sd, steps, guidance, seed, named, count, sampler):
@@ -256,14 +257,15 @@ def test_evaluation_chooses_the_guidance_on_validation_prompts_and_reports_on_ot
         return guidance == 3 if seed == miniature.VALIDATION else real(sd, steps, guidance, seed, named, 1, sampler)
 
     monkeypatch.setattr(miniature, "accuracy", accuracy)
-    out = miniature.ROOT / "weights/proreflow-i"
+    teacher, out = StableDiffusion.load(SHIPPED), tmp_path / "one-window"
+    runs.save_flow(teacher.unet, runs.flow_scheduler(teacher, 1), SHIPPED, out, torch.float32)
     assert exit_code(miniature, "--evaluate", "--out", out, "--pictures", 2, "--device", "cpu") == 0
     assert {(guidance, steps) for seed, guidance, steps, _ in asked if seed == miniature.TEST} == {
-        (3.0, steps) for steps in (8, 4)
+        (3.0, steps) for steps in (8, 4, 2, 1)
     }
     assert {steps for seed, _, steps, _ in asked if seed == miniature.VALIDATION} == {8}
     lines = capsys.readouterr().out.splitlines()
-    assert "guidance 3, 2 pictures at 2" in lines[5] and len(lines) == 11 and lines[-1].startswith("| flow | 4 |")
+    assert "guidance 3, 2 pictures at 2" in lines[5] and len(lines) == 13 and lines[-1].startswith("| flow | 1 |")
     asked.clear()
     guided = miniature.ROOT / "weights/proreflow-ii-guided"
     assert exit_code(miniature, "--evaluate", "--out", guided, "--pictures", 0, "--device", "cpu") == 0
