@@ -3,7 +3,7 @@
     python data.py cache --out out/latents                   first, once: what is trained on
     python experiments.py                                    all methods, three seeds: 7 hours on two cores
     python experiments.py --methods ddim dpm++               some of it: the teacher itself
-    python experiments.py --methods perflow i --seeds 0      two methods with one seed; may run beside the former
+    OMP_NUM_THREADS=1 python experiments.py --seeds 0 &      on one core, beside those of other rows: a quarter faster
     python experiments.py --methods perflow i --cost 30000   the same at less cost: a point of the curve
     python experiments.py --methods eight-0 eight-1 four-1   points of figure 4: other alphas, 8 and 4 windows
     python experiments.py --table                            what came out, into the README and docs/figures
@@ -14,7 +14,6 @@ interrupted and repeated: what is there is not done again. Read `train.py` and `
 """
 
 import argparse
-import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -127,7 +126,7 @@ def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> t
         total, teacher, folder, windows = total + iters * each, folder, out / "_".join(names), stage.windows
         if folder.exists():
             continue
-        cores = os.cpu_count() or 1
+        cores = torch.get_num_threads()  # OMP_NUM_THREADS, else what the machine has
         processes = 1 if torch.cuda.is_available() or cores < 2 else 2
         command = ["--windows", stage.windows, "--teacher", teacher, "--name", folder.name, "--alpha", stage.alpha]
         command += ["--starts", stage.starts, "--teacher-guidance", stage.guidance]
@@ -143,7 +142,7 @@ def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> t
 def measure(sd: StableDiffusion, steps: int, sampler: str, args: argparse.Namespace) -> dict:
     """A model's scores on the test split."""
     clip, drawn = figures.reference(args.clip, args.device, miniature.TEST, args.pictures)
-    guidance = 1.0 if sd.guidance == 1 else GUIDANCE
+    guidance = sd.guidance_or_none(GUIDANCE)
     began = time.time()
     scores = figures.kept_to(sd, steps, guidance, sampler, miniature.TEST, args.prompts)
     scores |= figures.likeness(sd, steps, guidance, sampler, miniature.TEST, args.pictures, clip, drawn)

@@ -377,7 +377,7 @@ def guidance(args: argparse.Namespace) -> None:
         sd = StableDiffusion.load(path, args.device)
         held = sd.configs["scheduler"].get("trained_guidance")  # by its paths: such a flow is a single point
         scales = [held] if held else args.guidance
-        rows = [row_of(path.name, sd, steps, sampler, 1.0 if held else scale, args) for scale in scales]
+        rows = [row_of(path.name, sd, steps, sampler, sd.guidance_or_none(scale), args) for scale in scales]
         frechet, right = [row["frechet"] for row in rows], [(row["one item"] + row["two items"]) / 2 for row in rows]
         name = f"{path.name}, {rows[0]['sampler']} {steps}"
         for axis, x, y in zip(axes, (scales, scales, frechet), (frechet, right, right)):
@@ -407,7 +407,7 @@ def side(args: argparse.Namespace) -> None:
     pictures, names = [], []
     for path, steps, sampler in map(specified, args.models):
         sd = StableDiffusion.load(path, args.device)
-        scale = 1.0 if sd.guidance == 1 else args.guidance[0]  # some flows' paths hold guidance already
+        scale = sd.guidance_or_none(args.guidance[0])
         pictures += list(sample.generate(sd, prompts, steps, scale, seed=0, sampler=sampler))
         names += [f"{path.name}, {sampler or ''} {steps} steps"] + [""] * (len(prompts) - 1)
     args.out.mkdir(parents=True, exist_ok=True)

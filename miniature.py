@@ -467,9 +467,9 @@ def evaluate(args: argparse.Namespace) -> None:
         runs = [("flow", steps) for steps in (8, 4, 2, 1) if steps >= sd.windows]
     else:
         runs = [("ddim", steps) for steps in (32, 16, 8, 4)] + [("dpm++", steps) for steps in (8, 4)]
-    given, likeness = args.guidance, LIKENESS
-    if sd.guidance == 1:  # a flow whose paths hold guidance gets no more
-        given = likeness = 1.0
+    likeness, given = sd.guidance_or_none(LIKENESS), args.guidance
+    if likeness == 1:  # this flow's paths hold guidance: there is none to choose
+        given = likeness
     scores = {given: 0.0} if given else {}
     for guidance in (2.0, 3.0, 4.0, 5.0, 7.0) if not scores else ():
         sampler, steps = runs[0] if sd.windows else runs[1]

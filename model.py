@@ -64,9 +64,12 @@ class StableDiffusion:
 
     @property
     def guidance(self) -> float:
-        """The guidance scale to sample with unless told otherwise: 4, as the paper's; 1, which is none, for a flow
-        whose paths hold some from training (`train.py --teacher-guidance`)."""
-        return 1.0 if "trained_guidance" in self.configs["scheduler"] else 4.0
+        """The guidance scale to sample with unless told otherwise: 4, as the paper's, where there is to be any."""
+        return self.guidance_or_none(4.0)
+
+    def guidance_or_none(self, scale: float) -> float:
+        """`scale`; or 1, which is no guidance, for a flow whose paths hold some (`train.py --teacher-guidance`)."""
+        return 1.0 if "trained_guidance" in self.configs["scheduler"] else scale
 
     @property
     def downscale(self) -> int:
