@@ -172,20 +172,22 @@ PAPER |= {("stage-3", "flow", 4): 10.70, ("stage-3", "flow", 2): 15.44}
 
 
 def table(args: argparse.Namespace) -> str:
-    """Rows of the test split in --json, as the README shows them: pictures at guidance 2, where they look best, or 1 of
-    flows whose paths hold it; prompts kept to there, and at 4, which is `sample.py`'s."""
-    head = "model", "sampler", "steps", "evaluations", "Frechet", "CLIP", "one item", "two items"
+    """Rows of the test split in --json, as the README shows them: pictures at guidance 2, where they look best, or at
+    what was asked for; prompts kept to there, and at 4, which is `sample.py`'s."""
+    head = "model", "sampler", "steps", "guidance", "evaluations", "Frechet", "CLIP", "one item", "two items"
     lines = [[*head, "one, guidance 4", "two, guidance 4", "paper's FID, SD1.5"], ["---"] * (len(head) + 3)]
     rows = [row for row in kept(args.json) if row["split"] == "test" and row["model"] in SHOWN]
     clear = {(row["model"], row["sampler"], row["steps"]): row for row in rows if row["guidance"] == 4}
     rows = [row for row in rows if row["guidance"] != 4]
-    for row in sorted(rows, key=lambda row: (SHOWN.index(row["model"]), row["sampler"], -row["steps"])):
+    rows.sort(key=lambda row: (SHOWN.index(row["model"]), row["sampler"], -row["steps"], row["guidance"]))
+    for row in rows:
         key = row["model"], row["sampler"], row["steps"]
-        cells = [*map(str, key), str(row["evaluations"])]
+        usual = row["guidance"] == miniature.LIKENESS
+        cells = [*map(str, key), f"{row['guidance']:g}", str(row["evaluations"])]
         cells += [f"{row[name]:.2f}" if name in row else "" for name in ("frechet", "clip")]
-        for at in row, clear.get(key):
+        for at in row, clear.get(key) if usual else None:
             cells += [f"{at[kind]:.1%}" if at else "" for kind in ("one item", "two items")]
-        lines.append([*cells, f"{PAPER[key]:.2f}" if key in PAPER else ""])
+        lines.append([*cells, f"{PAPER[key]:.2f}" if usual and key in PAPER else ""])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 

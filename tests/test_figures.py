@@ -109,15 +109,19 @@ def test_prompts_alone_are_scored_without_a_frechet_distance(tmp_path):
     assert {"one item", "two items"} < row.keys() and "frechet" not in row
 
 
-def test_the_table_shows_pictures_at_guidance_2_and_prompts_there_and_at_4(tmp_path):
+def test_the_table_shows_pictures_at_each_guidance_but_4_where_it_shows_prompts_alone(tmp_path):
     at = {"model": "proreflow-i", "sampler": "flow", "steps": 4, "split": "test", "one item": 0.5, "two items": 0.25}
     at["evaluations"] = 8
     rows = [at | {"guidance": 2, "frechet": 7.0, "clip": 50.0}, at | {"guidance": 4, "one item": 0.75}]
+    rows.append(at | {"guidance": 3.0, "frechet": 8.0, "clip": 52.0})
     rows.append(at | {"model": "miniature", "guidance": 2, "frechet": 6.0, "clip": 51.0, "split": "validation"})
     figures.write_rows(tmp_path / "rows.json", rows)
     lines = figures.table(argparse.Namespace(json=tmp_path / "rows.json")).splitlines()
-    assert lines[2:] == ["| proreflow-i | flow | 4 | 8 | 7.00 | 50.00 | 50.0% | 25.0% | 75.0% | 25.0% | 11.16 |"]
-    assert {line.count("|") for line in lines} == {12}
+    assert lines[2:] == [
+        "| proreflow-i | flow | 4 | 2 | 8 | 7.00 | 50.00 | 50.0% | 25.0% | 75.0% | 25.0% | 11.16 |",
+        "| proreflow-i | flow | 4 | 3 | 8 | 8.00 | 52.00 | 50.0% | 25.0% |  |  |  |",
+    ]
+    assert {line.count("|") for line in lines} == {13}
 
 
 def test_side_by_side_needs_steps_and_draws_a_row_for_each(tmp_path, capsys):
