@@ -9,6 +9,7 @@ Read `clip_text.py`, `unet.py` and `vae.py` before this file, `reflow.py` after 
 """
 
 import copy
+import functools
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import convert
 from checkpoint import InputError
 from clip_text import ClipText, ClipTextConfig, Tokenizer
 from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig
+from vae import VAE, VAEConfig, decode_in_bands
 
 # component: its network, its settings, the name of its weight files
 NETWORKS = {
@@ -118,16 +119,17 @@ class StableDiffusion:
         return (mean * self.vae.cfg.scaling_factor).to(self.dtype)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, low_memory: bool = False) -> Tensor:
         """Latents (B, 4, h, w) at the UNet's scale -> pictures (B, 3, H, W) in [-1, 1], fp32.
 
         Of all networks the decoder takes the most memory, so it gets a few pictures at a time: as many as have the
-        pixels of one of 512 x 512, or one that is larger.
+        pixels of one of 512 x 512, or one that is larger. low_memory: and of a picture, a few rows (`decode_in_bands`).
         """
         weight = self.vae.decoder.conv_in.weight
         few = max(1, 512**2 // (latents[0, 0].numel() * self.downscale**2))
         scaled = latents.to(weight.device, weight.dtype) / self.vae.cfg.scaling_factor
-        return torch.cat([self.vae.decode(part).float() for part in scaled.split(few)]).clamp(-1, 1)
+        decode = functools.partial(decode_in_bands, self.vae) if low_memory else self.vae.decode
+        return torch.cat([decode(part).float() for part in scaled.split(few)]).clamp(-1, 1)
 
     @classmethod
     def load(

@@ -80,12 +80,13 @@ def generate(
     latents: Tensor | None = None,
     size: int | None = None,
     indices: list[int] | None = None,
+    low_memory: bool = False,
 ) -> np.ndarray:
     """Pictures of the prompts, uint8 (B, H, W, 3).
 
     sampler: "flow", "ddim" or "dpm++"; by default the one that fits the model. latents: start from these (B, 4, h, w)
     instead of noise drawn for (seed, indices); indices are 0, 1, ... by default. size: height and width in pixels.
-    guidance_scale: by default the model's own, `StableDiffusion.guidance`.
+    guidance_scale: by default the model's own, `StableDiffusion.guidance`. low_memory: for decoding, see `vae.py`.
     Raises InputError.
     """
     size = check_size(sd, size)
@@ -103,7 +104,7 @@ def generate(
     else:
         solve = {"ddim": reflow.ddim, "dpm++": reflow.dpm_solver}[sampler]
         z = solve(epsilon, z, sd.alphas_cumprod, torch.tensor(reflow.borders(steps)))
-    return to_pixels(sd.decode(z))
+    return to_pixels(sd.decode(z, low_memory))
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -275,7 +276,7 @@ def run(args: argparse.Namespace) -> None:
     for few in tqdm([todo[i : i + args.batch_size] for i in range(0, len(todo), args.batch_size)], disable=rank > 0):
         images = generate(
             sd, [everything[i] for i in few], args.steps, guidance, args.seed, args.negative_prompt, sampler,
-            size=size, indices=few,
+            size=size, indices=few, low_memory=args.low_memory,
         )  # fmt: skip
         for i, image in zip(few, images):
             save_png(image, file_of[i], settings | {"prompt": everything[i], "index": str(i)})
@@ -316,6 +317,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float16, on CPU float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster")
+    parser.add_argument("--low-memory", action="store_true", help="decode in bands of rows: the same pictures")
     with checkpoint.one_line_errors(parser, "stopped; the same command goes on where it was"):
         run(parser.parse_args())
 

@@ -12,6 +12,7 @@ import torch
 from helpers import ONE_THREAD, edit, exit_code, refusal
 from PIL import Image
 
+import model
 import reflow
 import sample
 from model import StableDiffusion
@@ -187,6 +188,17 @@ def test_two_processes_make_the_pictures_of_one(sd15, tmp_path):
 def test_other_sizes_and_dtypes_work(sd15):
     sd = StableDiffusion.load(sd15, dtype=torch.bfloat16)
     assert sample.generate(sd, ["a cat"], 2, 2.0, size=104).shape == (1, 104, 104, 3)
+
+
+def test_pictures_decoded_in_less_memory_are_the_same(sd15, tmp_path, monkeypatch):
+    arguments = ["--model", sd15, "--prompt", "a cat", "the cat", "--steps", 1, "--size", 144]
+    asked, decode = [], model.decode_in_bands
+    monkeypatch.setattr(model, "decode_in_bands", lambda *given: asked.append(1) or decode(*given, rows=16))
+    assert run(*arguments, "--out", tmp_path / "whole") == 0 and not asked
+    assert run(*arguments, "--out", tmp_path / "bands", "--low-memory") == 0 and asked
+    for name in "00000.png", "00001.png":
+        pictures = [np.array(Image.open(tmp_path / folder / name)).astype(int) for folder in ("whole", "bands")]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 def test_prompts_come_from_lines_or_from_coco_captions(tmp_path):

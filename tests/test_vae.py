@@ -8,7 +8,7 @@ from parity import draw, without_class
 
 import convert
 from checkpoint import InputError, build, read_config
-from vae import VAE, VAEConfig
+from vae import VAE, VAEConfig, decode_in_bands
 
 SMALL = convert.SD15["vae"] | {"block_out_channels": [32, 32, 64, 64]}
 
@@ -26,6 +26,25 @@ def test_latents_are_eight_times_smaller_than_the_picture():
     mean, log_variance = vae.encode(draw(2, 3, 64, 40))
     assert mean.shape == log_variance.shape == (2, 4, 8, 5)
     assert vae.decode(mean).shape == (2, 3, 64, 40)
+
+
+@pytest.mark.parametrize("rows", [3, 5, 16, 1000])
+def test_decoding_in_bands_makes_the_same_picture(rows):
+    vae = randomize(VAE(read_config(VAEConfig, SMALL, "vae")), 0)
+    z = draw(2, 4, 8, 5)
+    torch.testing.assert_close(decode_in_bands(vae, z, rows), vae.decode(z).detach(), rtol=0, atol=2e-5)
+
+
+def test_decoding_in_bands_no_convolution_sees_more_than_its_band_and_a_row_on_each_side():
+    vae = randomize(VAE(read_config(VAEConfig, SMALL, "vae")), 0)
+    heights = []
+    for name, layer in vae.decoder.named_modules():
+        if isinstance(layer, torch.nn.Conv2d) and name.startswith(("up_blocks", "conv_out")):
+            layer.register_forward_pre_hook(lambda layer, given: heights.append(given[0].shape[2]))
+    decode_in_bands(vae, draw(1, 4, 8, 8), rows=4)
+    assert max(heights) == 2 * (4 + 2)  # after an upsampling, two rows for one
+    decode_in_bands(vae, draw(1, 4, 8, 8), rows=64)
+    assert max(heights) == 64  # the whole picture
 
 
 def test_log_variance_stays_where_its_exponential_is_finite():
