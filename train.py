@@ -158,6 +158,8 @@ def evaluations_of_path(steps: int, points: int, guidance: float) -> int:
 
 def prepare(sd: StableDiffusion, items: dict, device: torch.device) -> dict:
     """What a batch of samples becomes for the networks: latents at the UNet's scale, texts, SDXL's picture sizes."""
+    # Read before they move: on a GPU, each of these looks would wait for all work that is under way there.
+    captions = ["" if dropped else caption for caption, dropped in zip(items["caption"], items["dropped"])]
     items = {
         name: part.to(device, non_blocking=True) if torch.is_tensor(part) else part for name, part in items.items()
     }
@@ -167,7 +169,6 @@ def prepare(sd: StableDiffusion, items: dict, device: torch.device) -> dict:
             items["mean"], items["log_variance"] = sd.vae.encode(items["image"].to(weight.dtype))
     deviation = (0.5 * items["log_variance"].float()).exp()
     z_0 = (items["mean"].float() + deviation * items["posterior"]) * sd.vae.cfg.scaling_factor
-    captions = ["" if dropped else caption for caption, dropped in zip(items["caption"], items["dropped"])]
     text, pooled = sd.encode_prompt(captions)
     height, width = (n * sd.downscale for n in z_0.shape[2:])
     time_ids = items.get("time_ids", sd.time_ids(len(z_0), height, width))

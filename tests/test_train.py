@@ -24,6 +24,7 @@ import data
 import reflow
 import sample
 import train
+from checkpoint import build
 from model import StableDiffusion
 from unet import ResnetBlock, UNet
 from vae import VAE
@@ -376,6 +377,25 @@ def test_the_loss_is_that_of_the_method_worked_out_by_hand(request, model, flow,
     loss, parts = train.loss_of(student, teacher, batch, windows, steps, alpha=0.7, guidance=guidance)
     expected = loss_by_hand(teacher, student, items, windows, steps, alpha=0.7, guidance=guidance)
     assert [x.item() for x in (loss, parts["mse"], parts["cos"])] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("model, flow, windows, steps", [("sd15", {}, 8, 4), ("sdxl", {}, 8, 4), ("sd15", FLOW, 4, 2)])
+def test_nothing_is_read_back_from_the_device_on_the_way_to_the_gradient(request, model, flow, windows, steps):
+    loaded = StableDiffusion.load(request.getfixturevalue(model))
+    networks = {name: build(type(network), network.cfg) for name, network in loaded.networks.items()}
+    configs = loaded.configs | {"scheduler": loaded.configs["scheduler"] | flow}
+    teacher = StableDiffusion(networks, loaded.tokenizers, configs)
+    student = build(UNet, loaded.unet.cfg).requires_grad_(True)
+    assert teacher.device.type == "meta"  # on this device tensors have shapes only, as if a GPU had not finished yet
+    with pytest.raises(RuntimeError, match="meta"):
+        teacher.alphas_cumprod[0].item()
+    batch = train.prepare(teacher, draw(2, 2, windows), teacher.device)
+    loss, _ = train.loss_of(student, teacher, batch, windows, steps, alpha=0.1, guidance=3)
+    loss.backward()
+    assert all(weight.grad is not None for weight in student.parameters())
+    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    torch.optim.AdamW(student.parameters()).step()
+    train.update_average(build(UNet, loaded.unet.cfg), student, 0, decay=0.9)
 
 
 def test_several_points_share_one_solved_path(sd15):
