@@ -2,11 +2,12 @@
 
     python bench.py load        load SD1.5 from a folder: seconds and peak memory, ours and diffusers'
     python bench.py data        pictures per second that one and two reader processes deliver, for each kind of data
-    python bench.py networks    UNet and VAE at official sizes, ours and diffusers'
+    python bench.py networks    UNet, VAE and text encoder at official sizes, ours and diffusers' or transformers'
     python bench.py pipeline    text to picture at SD1.5's size, ours and diffusers'
     python bench.py start       process start to first picture on the miniature, ours and a diffusers script
     python bench.py frechet     Frechet distance, ours and scipy.linalg.sqrtm's
     python bench.py step        a training iteration of a merging stage, and of PeRFlow's recipe
+    python bench.py train       training SD1.5 and SDXL: evaluations per second, TFLOP/s, peak memory; needs a GPU
     python bench.py growth      sampling over steps, batch and size, training over processes, on the miniature
     python bench.py table       what was measured, into the README
 
@@ -15,6 +16,7 @@ Needs requirements-dev.txt for the peers. Weights are random; only shapes and dt
 
 import argparse
 import ctypes
+import functools
 import importlib.metadata
 import json
 import shutil
@@ -38,9 +40,10 @@ import reflow
 import runs
 import sample
 import train
+from clip_text import BEGIN, END, ClipText, ClipTextConfig
 from model import StableDiffusion
 from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig
+from vae import VAE, VAEConfig, decode_in_bands
 
 # Each side runs in a process of its own, prints seconds to load, seconds until every weight was read once, peak bytes.
 LOAD = {
@@ -74,33 +77,36 @@ print(json.dumps([loaded, read, peak / size]))
 """
 
 
-def make_sd15(folder: Path, dtype: str) -> None:
-    """SD1.5 with random weights, as diffusers writes it."""
+def random_model(family: dict, folder: Path, dtype: str) -> Path:
+    """A folder of this family (of `convert.OFFICIAL`) with random weights, as diffusers writes it; made once."""
     import diffusers
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel
 
-    from clip_text import BEGIN, END
-
+    if (folder / "model_index.json").exists():
+        return folder
     to = getattr(torch, dtype)
-    diffusers.UNet2DConditionModel(**plain(convert.SD15["unet"])).to(to).save_pretrained(folder / "unet")
-    diffusers.AutoencoderKL(**plain(convert.SD15["vae"])).to(to).save_pretrained(folder / "vae")
-    text = transformers.CLIPTextConfig(**plain(convert.SD15["text_encoder"]))
-    transformers.CLIPTextModel(text).to(to).save_pretrained(folder / "text_encoder")
-    diffusers.DDIMScheduler(**plain(convert.SD15["scheduler"])).save_pretrained(folder / "scheduler")
-    words = [*sorted(ByteLevel.alphabet()), *(f"word{i}" for i in range(49408 - 256 - 2)), BEGIN, END]
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer/vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "tokenizer/merges.txt").write_text("#version: 0.2\n")
-    (folder / "model_index.json").write_text(json.dumps(convert.SD15["model_index"]))
+    diffusers.UNet2DConditionModel(**plain(family["unet"])).to(to).save_pretrained(folder / "unet")
+    diffusers.AutoencoderKL(**plain(family["vae"])).to(to).save_pretrained(folder / "vae")
+    diffusers.DDIMScheduler(**plain(family["scheduler"])).save_pretrained(folder / "scheduler")
+    for text in [part for part in family if part.startswith("text_encoder")]:
+        settings = family[text]
+        network = getattr(transformers, settings["architectures"][0])(transformers.CLIPTextConfig(**settings))
+        network.to(to).save_pretrained(folder / text)
+        others = settings["vocab_size"] - 256 - 2
+        words = [*sorted(ByteLevel.alphabet()), *(f"word{i}" for i in range(others)), BEGIN, END]
+        tokenizer = folder / text.replace("text_encoder", "tokenizer")
+        tokenizer.mkdir(exist_ok=True)
+        (tokenizer / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+        (tokenizer / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "model_index.json").write_text(json.dumps(family["model_index"]))  # last: what it names is there
+    return folder
 
 
 def bench_load(args: argparse.Namespace) -> list[dict]:
     rows = []
     for stored, asked in (("float32", "float32"), ("float16", "float16"), ("float16", "float32")):
-        folder = args.work / f"sd15-{stored}"
-        if not (folder / "model_index.json").exists():
-            make_sd15(folder, stored)
+        folder = random_model(convert.SD15, args.work / f"sd15-{stored}", stored)
         results = {side: [] for side in LOAD}
         for _ in range(args.runs):  # alternating, so that both meet the same machine
             for side, imports in LOAD.items():
@@ -222,11 +228,11 @@ def plain(settings: dict) -> dict:
 
 def bench_networks(args: argparse.Namespace) -> list[dict]:
     """UNet and VAE at SD1.5's and, on a GPU, SDXL's size, both sides with the very same random weights."""
-    if args.device.startswith("cuda"):
-        rows = [row for name in ("SD1.5", "SDXL") for row in compare_unets(name, torch.bfloat16, args)]
-        return rows + [compare_decoders(name, args) for name in ("SD1.5", "SDXL")]
-    rows = [row for dtype in (torch.float32, torch.bfloat16) for row in compare_unets("SD1.5", dtype, args)]
-    return rows + [compare_decoders("SD1.5", args)]
+    large = args.device.startswith("cuda")
+    names, dtypes = (("SD1.5", "SDXL"), ("bfloat16",)) if large else (("SD1.5",), ("float32", "bfloat16"))
+    rows = [row for name in names for dtype in dtypes for row in compare_unets(name, getattr(torch, dtype), args)]
+    rows += [compare_decoders(name, args) for name in names]
+    return [*rows, compare_decoders("SDXL", args, low_memory=True), compare_texts(args)]
 
 
 FAMILIES = {"SD1.5": (convert.SD15, 64), "SDXL": (convert.SDXL, 128)}  # configurations, and the size of latents
@@ -259,7 +265,8 @@ def compare_unets(name: str, dtype: torch.dtype, args: argparse.Namespace) -> li
 
 
 @torch.inference_mode()
-def compare_decoders(name: str, args: argparse.Namespace) -> dict:
+def compare_decoders(name: str, args: argparse.Namespace, low_memory: bool = False) -> dict:
+    """low_memory: ours in bands of rows, diffusers' in tiles, whose seams it blends."""
     import diffusers
 
     family, size = FAMILIES[name]
@@ -268,17 +275,34 @@ def compare_decoders(name: str, args: argparse.Namespace) -> dict:
         z = torch.randn(1, 4, size, size)
     ours = checkpoint.build(VAE, checkpoint.read_config(VAEConfig, family["vae"], "vae"))
     ours.load_state_dict(theirs.state_dict(), assign=True)
-    sides = {"ours": lambda: ours.decode(z), "diffusers": lambda: theirs.decode(z).sample}
-    return compare(f"VAE decode {name}, float32, {8 * size} pixels", sides, args.runs, args.device)
+    decode, what = ours.decode, f"VAE decode {name}, float32, {8 * size} pixels"
+    if low_memory:
+        theirs.enable_tiling()
+        decode, what = functools.partial(decode_in_bands, ours), f"{what}, in little memory"
+    sides = {"ours": lambda: decode(z), "diffusers": lambda: theirs.decode(z).sample}
+    return compare(what, sides, args.runs, args.device)
+
+
+@torch.inference_mode()
+def compare_texts(args: argparse.Namespace) -> dict:
+    import transformers
+
+    settings = convert.SD15["text_encoder"]
+    with torch.device(args.device):
+        theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**settings)).eval()
+        ids = torch.randint(1000, 40000, (16, 77))
+    ours = checkpoint.build(ClipText, checkpoint.read_config(ClipTextConfig, settings, "text_encoder"))
+    prefix = "" if next(iter(theirs.state_dict())).startswith("text_model.") else "text_model."
+    ours.load_state_dict({prefix + name: weight for name, weight in theirs.state_dict().items()}, assign=True)
+    sides = {"ours": lambda: ours(ids), "transformers": lambda: theirs(ids, output_hidden_states=True)}
+    return compare("text encoder CLIP ViT-L/14, float32, batch 16", sides, args.runs, args.device)
 
 
 def bench_pipeline(args: argparse.Namespace) -> list[dict]:
     """Text to picture in four DDIM steps with guidance, at SD1.5's size; loading is not counted."""
     import diffusers
 
-    folder = args.work / "sd15-float32"
-    if not (folder / "model_index.json").exists():
-        make_sd15(folder, "float32")
+    folder = random_model(convert.SD15, args.work / "sd15-float32", "float32")
     dtype = torch.float16 if args.device.startswith("cuda") else torch.float32
     diffusers.utils.logging.disable_progress_bar()
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(args.device)
@@ -347,6 +371,73 @@ def bench_step(args: argparse.Namespace) -> list[dict]:
     return [compare("training iteration to 4 windows, miniature, batch 64", sides, args.runs, args.device)]
 
 
+# Per GPU: pictures in a batch, and their size; with gradient checkpointing. The rest is what train.py does by default.
+TRAINED = {"SD1.5": (convert.SD15, 32, 512), "SDXL": (convert.SDXL, 8, 1024)}
+PEAK = {"H100": 989, "H200": 989, "A100": 312}  # TFLOP/s of dense bfloat16, as the maker says
+
+
+def bench_train(args: argparse.Namespace) -> list[dict]:
+    """Stages 1 and 2 as a user runs them, `train.py --recompute` on cached latents, with random weights. A backward
+    pass counts as two forward passes, the second forward pass of recomputing not at all."""
+    rows = []
+    for name, (family, batch, pixels) in TRAINED.items():
+        base = random_model(family, args.work / f"train-{name}", "float16")
+        flow, latents = args.work / f"train-{name}-flow", args.work / f"latents-{pixels}"
+        if not flow.exists():
+            sd = StableDiffusion.load(base, dtype=None)
+            runs.save_flow(sd.unet, train.flow_scheduler(sd, 8), base, flow, torch.float16)
+        if not latents.exists():
+            aside = latents.with_suffix(".partial")
+            aside.mkdir(exist_ok=True)
+            shape = 2, 256, 4, pixels // 8, pixels // 8
+            data.write_latents(aside / "0.safetensors", *torch.randn(shape), ["word1 word2"] * 256)
+            aside.rename(latents)
+        for stage, teacher in (1, base), (2, flow):
+            command = ["--stage", stage, "--teacher", teacher, "--data", latents, "--size", pixels]
+            line = logged([*command, "--batch-size", batch], args)
+            teraflops = line["evaluations_per_second"] * forward_flops(family, pixels) / 1e12
+            values = {"evaluations/s": line["evaluations_per_second"], "TFLOP/s": teraflops}
+            if "peak_gib" in line:  # on a GPU
+                gpu = torch.cuda.get_device_name()
+                most = next((most for name, most in PEAK.items() if name in gpu), None)
+                values |= {"GiB at the peak": line["peak_gib"]}
+                values |= {"of the GPU's TFLOP/s": teraflops / most} if most else {}
+            what = f"training {name}, stage {stage}, batch {batch}, {pixels} pixels, --recompute"
+            rows.append({"what": what, "values": {unit: float(f"{value:.3g}") for unit, value in values.items()}})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def logged(command: list, args: argparse.Namespace) -> dict:
+    """Line number --runs of the log of a training run, a mean over 5 updates; there the run ends."""
+    run = args.work / "train/measured-run"
+    shutil.rmtree(run, ignore_errors=True)
+    command = [*command, "--name", "measured", "--out", run.parent, "--device", args.device, "--recompute"]
+    command += ["--iters", 10_000, "--log-every", 5, "--save-every", 10_000, "--sample-every", 0]
+    process = subprocess.Popen([sys.executable, *map(str, [train.__file__, *command])])
+    lines = []
+    while len(lines) < args.runs and process.poll() is None:
+        time.sleep(0.2)
+        lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
+    if process.poll() is not None:
+        sys.exit("train.py ended early, see above")
+    process.kill()  # not interrupted: there is nothing to be saved
+    process.wait()
+    return json.loads(lines[args.runs - 1])
+
+
+def forward_flops(family: dict, pixels: int) -> int:
+    """Floating-point operations of the UNet's forward pass for one picture: matrix products and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg = checkpoint.read_config(UNetConfig, family["unet"], "unet")
+    pooled = (cfg.projection_class_embeddings_input_dim or 0) - 6 * (cfg.addition_time_embed_dim or 0)
+    shapes = (1, 4, pixels // 8, pixels // 8), (1,), (1, 77, cfg.cross_attention_dim), (1, pooled), (1, 6)
+    with FlopCounterMode(display=False) as counter:
+        checkpoint.build(UNet, cfg)(*(torch.empty(shape, device="meta") for shape in shapes))
+    return counter.get_total_flops()
+
+
 def bench_growth(args: argparse.Namespace) -> list[dict]:
     """How cost grows, on the miniature: one thing at a time, with all others as in `usual`. Medians of several runs."""
     sd, usual, rows = StableDiffusion.load(sample.MINIATURE, args.device), {"steps": 4, "batch": 16, "pixels": 64}, []
@@ -393,10 +484,13 @@ def table() -> str:
                 f"| {row['what']} | {row['peer']} | {row['ours']:.3g} s | {row['theirs']:.3g} s "
                 f"| {row['ratio']:.2f} ({low:.2f} to {high:.2f}) | {peak_ratio(row)} |"
             )
-    growth = RESULTS / "growth.json"
-    for row in json.loads(growth.read_text())["rows"] if growth.exists() else []:
-        told = ", ".join(f"{value} at {at}" for at, value in row["values"].items())
-        made.add(f"{row['what']}: {told} ({row['unit']})")
+    for file in [file for file in (RESULTS / "growth.json", RESULTS / "training.json") if file.exists()]:
+        for row in json.loads(file.read_text())["rows"]:
+            if "unit" in row:  # one thing at several values
+                told = ", ".join(f"{value} at {at}" for at, value in row["values"].items())
+                made.add(f"{row['what']}: {told} ({row['unit']})")
+            else:
+                made.add(f"{row['what']}: " + ", ".join(f"{value} {unit}" for unit, value in row["values"].items()))
     return "\n".join([*lines, "", *(f"- {line}" for line in sorted(made)), ""])
 
 
@@ -419,6 +513,7 @@ BENCHES = {
     "pipeline": bench_pipeline,
 }
 BENCHES |= {"start": bench_start, "frechet": bench_frechet, "step": bench_step, "growth": bench_growth}
+BENCHES |= {"train": bench_train}
 
 
 def about() -> dict:

@@ -124,6 +124,8 @@ class Log:
         line = {name: total / self.count for name, total in self.sums.items()}
         line["left_out"] = self.sums["left_out"]  # pictures that could not be read: how many, not how many per step
         line |= {"step": step, "evaluations_per_second": evaluations * self.count / seconds}
+        if torch.cuda.is_initialized():
+            line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         with self.file.open("a") as file:
             file.write(
                 json.dumps({name: float(f"{number:.6g}") for name, number in line.items()} | {"step": step}) + "\n"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import bench
+import convert
 
 
 def test_a_ratio_is_of_medians_and_its_spread_of_single_runs(monkeypatch, capsys):
@@ -50,6 +51,27 @@ def test_a_merging_stage_asks_its_teacher_twice_and_perflow_eight_times(monkeypa
     monkeypatch.setattr(bench, "compare", lambda what, sides, *rest: [call() for call in sides.values()])
     bench.bench_step(argparse.Namespace(device="cpu", runs=1))
     assert calls == [2, 8]
+
+
+def test_training_is_measured_in_a_run_of_both_kinds_of_stage(tmp_path, monkeypatch):
+    small = {
+        "unet": convert.SD15["unet"] | {"block_out_channels": [32] * 4, "cross_attention_dim": 32},
+        "vae": convert.SD15["vae"] | {"block_out_channels": [32] * 4},
+        "text_encoder": convert.SD15["text_encoder"]
+        | {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1},
+    }
+    monkeypatch.setattr(bench, "TRAINED", {"small": (convert.SD15 | small, 2, 128)})
+    rows = bench.bench_train(argparse.Namespace(device="cpu", runs=1, work=tmp_path))
+    assert [row["what"].split(",")[1] for row in rows] == [" stage 1", " stage 2"]
+    flops = bench.forward_flops(small, 128)
+    for row in rows:
+        rate, teraflops = row["values"]["evaluations/s"], row["values"]["TFLOP/s"]
+        assert rate > 0 and teraflops == pytest.approx(rate * flops / 1e12, rel=0.01)
+
+
+def test_a_forward_pass_of_the_official_unets_takes_0_80_and_6_76_tflop():
+    counted = [bench.forward_flops(convert.SD15, 512), bench.forward_flops(convert.SDXL, 1024)]
+    assert counted == pytest.approx([0.803e12, 6.76e12], rel=1e-3)  # the README counts with them
 
 
 def test_the_readme_shows_what_was_measured_last():
