@@ -406,7 +406,10 @@ def batches(samples: Samples, first: int, count: int, size: int, rank: int, worl
     """
     starts = range((first * world + rank) * size, ((first + count) * world + rank) * size, world * size)
     numbers = [range(start, start + size) for start in starts]
-    return DataLoader(samples, batch_sampler=numbers, num_workers=workers, worker_init_fn=leave_signals_alone)
+    return DataLoader(
+        samples, batch_sampler=numbers, num_workers=workers, worker_init_fn=leave_signals_alone,
+        pin_memory=torch.cuda.is_available(),  # from where a GPU fetches them beside its work
+    )  # fmt: skip
 
 
 def leave_signals_alone(worker: int) -> None:

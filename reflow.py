@@ -79,13 +79,14 @@ def dpm_solver(epsilon: Network, z: Tensor, alphas_cumprod: Tensor, grid: Tensor
     It predicts the image and extrapolates linearly from the last two predictions, in lambda = log(signal / noise).
     The last step is of first order, as is usual for fewer than 15 steps. grid: falling taus, (N + 1,). N evaluations.
     """
-    a = alpha_bar(alphas_cumprod, grid.to(z.device))
+    grid = grid.to(z.device)
+    a = alpha_bar(alphas_cumprod, grid)
     signal, noise = a.sqrt(), (1 - a).sqrt()
     lam = (signal / noise).log()
     steps = len(grid) - 1
     before = None
     for i in range(steps):
-        image = (z - noise[i] * epsilon(z, grid[i].to(z.device).expand(len(z)))) / signal[i]
+        image = (z - noise[i] * epsilon(z, grid[i].expand(len(z)))) / signal[i]
         h = lam[i + 1] - lam[i]
         if i == 0 or i == steps - 1:
             guess = image

@@ -20,6 +20,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from checkpoint import InputError
@@ -155,6 +156,16 @@ def sdxl_pipeline(folder):
         tokenizer_2=CLIPTokenizer.from_pretrained(write_tokenizer(folder / "2", pad_token="!")),
         scheduler=scheduler(), force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where tensors are copied to another device in such a way that the CPU waits for it."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if operation is torch.ops.aten._to_copy.default and result.device != args[0].device:
+            assert kwargs.get("non_blocking"), f"a copy of {tuple(result.shape)} to {result.device} that is waited for"
+        return result
 
 
 def exit_code(module, *arguments):
