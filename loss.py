@@ -17,24 +17,19 @@ import torch
 from torch import Tensor
 
 
-def decomposed_velocity_loss(
-    v_pred: Tensor, v_target: Tensor, alpha: float, huber: float = 0.0
-) -> tuple[Tensor, dict[str, Tensor]]:
+def decomposed_velocity_loss(v_pred: Tensor, v_target: Tensor, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean squared error plus alpha times one minus the cosine, as scalars in fp32 (float64 stays float64).
 
     v_pred, v_target: (B, ...). The square is averaged over all elements; the cosine is that of each sample's whole
     latent, flattened, averaged over the batch. alpha 0 is the plain loss of PeRFlow and of the paper's ablation.
-    huber c > 0, which is not the paper's: a sample's mean square d becomes sqrt(d + c^2) - c, so that samples whose
-    errors are large, which in a squared error drown the others, count in proportion to their distance.
     Returns the loss and its two parts, detached: "mse", and "cos" for the mean of 1 - cos, without its alpha.
     """
     if v_pred.dtype != torch.float64:  # in bf16, 1 - cos of nearly parallel vectors would be rounding and nothing else
         v_pred, v_target = v_pred.float(), v_target.float()
     a, b = v_pred.flatten(1), v_target.flatten(1)
-    squares = (a - b).square().mean(dim=1)
-    distance = (squares + huber**2).sqrt() - huber if huber else squares
+    mse = (a - b).square().mean()
     misaligned = (1 - cosine(a, b)).mean()
-    return distance.mean() + alpha * misaligned, {"mse": squares.mean().detach(), "cos": misaligned.detach()}
+    return mse + alpha * misaligned, {"mse": mse.detach(), "cos": misaligned.detach()}
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

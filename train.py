@@ -186,7 +186,6 @@ def loss_of(
     steps: int,
     alpha: float,
     guidance: float = 1.0,
-    huber: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a stage on a prepared batch, and its two parts: one training triple per point."""
     with torch.no_grad():
@@ -201,7 +200,7 @@ def loss_of(
     conditions = {
         name: None if batch[name] is None else batch[name].repeat_interleave(points, dim=0) for name in CONDITIONS
     }
-    return decomposed_velocity_loss(velocity_of(teacher, student, conditions, windows)(z_t, tau), v, alpha, huber)
+    return decomposed_velocity_loss(velocity_of(teacher, student, conditions, windows)(z_t, tau), v, alpha)
 
 
 def recompute_activations(unet: UNet) -> None:
@@ -220,8 +219,7 @@ def add_gradient(
     alone = nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()
     with alone:
         with torch.autocast(teacher.device.type, torch.bfloat16, enabled=teacher.dtype == torch.bfloat16):
-            how = args.windows, steps, args.alpha, args.teacher_guidance, args.huber
-            loss, both = loss_of(network, teacher, batch, *how)
+            loss, both = loss_of(network, teacher, batch, args.windows, steps, args.alpha, args.teacher_guidance)
         (loss / args.accumulate).backward()
     return torch.stack([loss.detach(), both["mse"], both["cos"]])
 
@@ -264,8 +262,6 @@ def settle(args: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if not 0 <= args.starts <= 1:
         raise InputError(f"--starts is a share, from 0 to 1, not {args.starts}")
-    if args.huber < 0:
-        raise InputError(f"--huber must be at least 0, not {args.huber}")
     if args.workers < 0 or args.solver_steps is not None and args.solver_steps < 1:
         raise InputError("--workers must be at least 0, and --solver-steps at least 1")
     if not 0 <= args.seed < 2**32:
@@ -404,7 +400,7 @@ def report_divergence(step: int, loss: Tensor, process: Process, folder: Path) -
 
 # What a resumed run must have in common with the interrupted one.
 KEPT = ("teacher", "student", "windows", "alpha", "batch_size", "accumulate", "points", "solver_steps", "lr", "warmup")
-KEPT += ("huber", "starts", "cooldown", "teacher_guidance", "ema", "seed", "size", "data", "augment", "iters")
+KEPT += ("starts", "cooldown", "teacher_guidance", "ema", "seed", "size", "data", "augment", "iters")
 
 
 def main() -> None:
@@ -419,7 +415,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/train"), help="folder of all stages")
     parser.add_argument("--name", help="name of the result in --out; default: stage-K")
     parser.add_argument("--alpha", type=float, default=0.1, help="weight of the direction; 0: plain squared error")
-    parser.add_argument("--huber", type=float, default=0.0, help="not squared beyond this error, see loss.py; 0: never")
     parser.add_argument("--iters", type=int, help="updates; default by model, see DEFAULTS")
     parser.add_argument("--batch-size", type=int, help="samples per process, and per part of an update")
     parser.add_argument("--accumulate", type=int, default=1, help="parts of an update")

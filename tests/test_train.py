@@ -621,13 +621,6 @@ def test_a_line_of_the_log_is_the_mean_since_the_last_one(sd15, tmp_path):
     assert each[0]["loss"] == pytest.approx(each[0]["mse"] + 0.1 * each[0]["cos"], rel=1e-4)
 
 
-def test_the_huber_distance_is_what_is_minimized_and_the_squared_error_still_told(sd15, tmp_path):
-    arguments = ["--stage", 1, "--model", sd15, "--out", tmp_path, "--iters", 1, "--batch-size", 1, "--alpha", 0]
-    assert run(*arguments, "--huber", 0.5) == 0
-    line = json.loads((tmp_path / "stage-1-run/log.jsonl").read_text())
-    assert line["loss"] == pytest.approx(math.sqrt(line["mse"] + 0.25) - 0.5, rel=1e-4)
-
-
 def test_a_sheet_shows_what_the_average_draws(sd15, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red cat\nthe cat\n")
     arguments = ["--stage", 1, "--model", sd15, "--iters", 2, "--lr", 0.01, "--save-dtype", "float32"]
@@ -657,7 +650,6 @@ REFUSED = [
     (["--stage", 1, "--student", "nowhere"], "the model nowhere does not exist; check the path"),
     (["--stage", 2], "stage-1 does not exist; train stage 1 first, or name a --teacher"),
     (["--stage", 1, "--starts", 1.5], "--starts is a share, from 0 to 1, not 1.5"),
-    (["--stage", 1, "--huber", -0.1], "--huber must be at least 0, not -0.1"),
     (["--stage", 1, "--batch-size", 0], "--batch-size must be at least 1, not 0"),
     (["--stage", 1, "--points", 0], "--points must be at least 1, not 0"),
     (["--stage", 1, "--solver-steps", -1], "--solver-steps"),
