@@ -87,14 +87,14 @@ class StableDiffusion:
         if isinstance(prompts, str):
             raise TypeError("prompts is a list of strings, not one string")
         encoded = [
-            encoder(self.sent(tokenize(prompts))) for encoder, tokenize in zip(self.text_encoders, self.tokenizers)
+            encoder(self.send(tokenize(prompts))) for encoder, tokenize in zip(self.text_encoders, self.tokenizers)
         ]
         if len(encoded) == 1:
             return encoded[0][0], None
         context = torch.cat([penultimate for _, penultimate, _ in encoded], dim=-1)
         pooled = encoded[1][2]
         if self.configs["model_index"].get("force_zeros_for_empty_prompt", True):
-            empty = self.sent(torch.tensor([prompt == "" for prompt in prompts]))
+            empty = self.send(torch.tensor([prompt == "" for prompt in prompts]))
             context = context.masked_fill(empty[:, None, None], 0)
             pooled = pooled.masked_fill(empty[:, None], 0)
         return context, pooled
@@ -103,9 +103,9 @@ class StableDiffusion:
         """SDXL's picture sizes (B, 6) for pictures made at height x width, uncropped; None for SD1.5."""
         if self.unet.cfg.addition_embed_type is None:
             return None
-        return self.sent(torch.tensor([[height, width, 0, 0, height, width]])).expand(batch, -1)
+        return self.send(torch.tensor([[height, width, 0, 0, height, width]])).expand(batch, -1)
 
-    def sent(self, small: Tensor) -> Tensor:
+    def send(self, small: Tensor) -> Tensor:
         """Numbers from the CPU, sent to the device without waiting for what it is busy with."""
         return small.to(self.device, non_blocking=True)
 
