@@ -186,7 +186,7 @@ def keep(row: dict, file: Path) -> None:
 MARKS = "<!-- experiments: python experiments.py --table -->\n", "<!-- end of experiments -->"
 COLUMNS = {"frechet": ".2f", "clip": ".2f", "one item": ".1%", "two items": ".1%"}
 COLUMNS |= {f"one item, guidance {CLEAR:g}": ".1%", f"two items, guidance {CLEAR:g}": ".1%"}
-HEAD = "| method | steps | evaluations | training | Frechet | / teacher's | CLIP | one item | two items "
+HEAD = "| method | steps | evaluations | training | seeds | Frechet | / teacher's | CLIP | one item | two items "
 HEAD += f"| one, guidance {CLEAR:g} | two, guidance {CLEAR:g} | paper's FID |\n"
 
 
@@ -223,8 +223,10 @@ def table(rows: list[dict], cost: int) -> str:
             continue
         shown = [spread(of_this, column, form) for column, form in COLUMNS.items()]
         shown.insert(1, f"{statistics.mean(row['frechet'] for row in of_this) / teacher:.2f}")
-        training = f"{of_this[0]['training'] / 1e6:.2f} M" if "training" in of_this[0] else ""
-        first = [names.get(key, name), str(n), str(of_this[0]["evaluations"]), training]
+        training = ["", ""]
+        if "training" in of_this[0]:
+            training = [f"{of_this[0]['training'] / 1e6:.2f} M", str(len(of_this))]
+        first = [names.get(key, name), str(n), str(of_this[0]["evaluations"]), *training]
         text += "| " + " | ".join([*first, *shown, str(paper or "")]) + " |\n"
     return text
 
