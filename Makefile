@@ -22,7 +22,7 @@ miniature: .venv/ready  ## train the miniature again, from nothing
 	$(BIN)/python miniature.py
 
 bench: .venv/ready-dev  ## speed against diffusers, transformers, scipy; then the README's table anew
-	for what in networks pipeline start frechet step; do \
+	for what in networks decode text pipeline start frechet step; do \
 	  $(BIN)/python bench.py $$what --json docs/results/bench-$$what.json || exit; done
 	$(BIN)/python bench.py growth --json docs/results/growth.json
 	$(BIN)/python bench.py table

@@ -2,7 +2,9 @@
 
     python bench.py load        load SD1.5 from a folder: seconds and peak memory, ours and diffusers'
     python bench.py data        pictures per second that one and two reader processes deliver, for each kind of data
-    python bench.py networks    UNet, VAE and text encoder at official sizes, ours and diffusers' or transformers'
+    python bench.py networks    UNet and VAE at official sizes, ours and diffusers'
+    python bench.py decode      1024 pixels in little memory: ours in bands of rows, diffusers' in tiles
+    python bench.py text        the text encoder of SD1.5, ours and transformers'
     python bench.py pipeline    text to picture at SD1.5's size, ours and diffusers'
     python bench.py start       process start to first picture on the miniature, ours and a diffusers script
     python bench.py frechet     Frechet distance, ours and scipy.linalg.sqrtm's
@@ -231,8 +233,7 @@ def bench_networks(args: argparse.Namespace) -> list[dict]:
     large = args.device.startswith("cuda")
     names, dtypes = (("SD1.5", "SDXL"), ("bfloat16",)) if large else (("SD1.5",), ("float32", "bfloat16"))
     rows = [row for name in names for dtype in dtypes for row in compare_unets(name, getattr(torch, dtype), args)]
-    rows += [compare_decoders(name, args) for name in names]
-    return [*rows, compare_decoders("SDXL", args, low_memory=True), compare_texts(args)]
+    return rows + [compare_decoders(name, args) for name in names]
 
 
 FAMILIES = {"SD1.5": (convert.SD15, 64), "SDXL": (convert.SDXL, 128)}  # configurations, and the size of latents
@@ -266,7 +267,6 @@ def compare_unets(name: str, dtype: torch.dtype, args: argparse.Namespace) -> li
 
 @torch.inference_mode()
 def compare_decoders(name: str, args: argparse.Namespace, low_memory: bool = False) -> dict:
-    """low_memory: ours in bands of rows, diffusers' in tiles, whose seams it blends."""
     import diffusers
 
     family, size = FAMILIES[name]
@@ -283,8 +283,12 @@ def compare_decoders(name: str, args: argparse.Namespace, low_memory: bool = Fal
     return compare(what, sides, args.runs, args.device)
 
 
+def bench_decode(args: argparse.Namespace) -> list[dict]:
+    return [compare_decoders("SDXL", args, low_memory=True)]
+
+
 @torch.inference_mode()
-def compare_texts(args: argparse.Namespace) -> dict:
+def bench_text(args: argparse.Namespace) -> list[dict]:
     import transformers
 
     settings = convert.SD15["text_encoder"]
@@ -295,7 +299,7 @@ def compare_texts(args: argparse.Namespace) -> dict:
     prefix = "" if next(iter(theirs.state_dict())).startswith("text_model.") else "text_model."
     ours.load_state_dict({prefix + name: weight for name, weight in theirs.state_dict().items()}, assign=True)
     sides = {"ours": lambda: ours(ids), "transformers": lambda: theirs(ids, output_hidden_states=True)}
-    return compare("text encoder CLIP ViT-L/14, float32, batch 16", sides, args.runs, args.device)
+    return [compare("text encoder CLIP ViT-L/14, float32, batch 16", sides, args.runs, args.device)]
 
 
 def bench_pipeline(args: argparse.Namespace) -> list[dict]:
@@ -510,6 +514,8 @@ BENCHES = {
     "load": bench_load,
     "data": bench_data,
     "networks": bench_networks,
+    "decode": bench_decode,
+    "text": bench_text,
     "pipeline": bench_pipeline,
 }
 BENCHES |= {"start": bench_start, "frechet": bench_frechet, "step": bench_step, "growth": bench_growth}
