@@ -165,7 +165,7 @@ ROWS: list[Row] = [
     ("feed-forward, GEGLU", "SD1.5, width 320", run_feed_forward, 1e-5),
     ("UNet", "SD1.5", lambda: run_unet(SD15["unet"], 16), 1e-4),
     ("UNet", "SD1.5, odd size 13 x 13", lambda: run_unet(SD15["unet"], 13), 1e-4),
-    ("UNet, bf16", "SD1.5", lambda: run_unet(SD15["unet"], 8, BF16), 5e-2),
+    ("UNet, bf16", "SD1.5", lambda: run_unet(SD15["unet"], 16, BF16), 5e-2),
     ("UNet", "SDXL at a fifth of the width", lambda: run_unet(SMALL_SDXL_UNET, 32), 1e-4),
     ("VAE encode", "SD1.5 = SDXL", lambda: run_vae(SD15["vae"], "encode"), 1e-4),
     ("VAE decode", "SD1.5 = SDXL", lambda: run_vae(SD15["vae"], "decode"), 1e-4),
