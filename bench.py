@@ -385,7 +385,7 @@ def bench_train(args: argparse.Namespace) -> list[dict]:
     pass counts as two forward passes, the second forward pass of recomputing not at all."""
     rows = []
     for name, (family, batch, pixels) in TRAINED.items():
-        base = random_model(family, args.work / f"train-{name}", "float16")
+        base, flops = random_model(family, args.work / f"train-{name}", "float16"), forward_flops(family, pixels)
         flow, latents = args.work / f"train-{name}-flow", args.work / f"latents-{pixels}"
         if not flow.exists():
             sd = StableDiffusion.load(base, dtype=None)
@@ -399,7 +399,7 @@ def bench_train(args: argparse.Namespace) -> list[dict]:
         for stage, teacher in (1, base), (2, flow):
             command = ["--stage", stage, "--teacher", teacher, "--data", latents, "--size", pixels]
             line = logged([*command, "--batch-size", batch], args)
-            teraflops = line["evaluations_per_second"] * forward_flops(family, pixels) / 1e12
+            teraflops = line["evaluations_per_second"] * flops / 1e12
             values = {"evaluations/s": line["evaluations_per_second"], "TFLOP/s": teraflops}
             if "peak_gib" in line:  # on a GPU
                 gpu = torch.cuda.get_device_name()

@@ -23,7 +23,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from checkpoint import InputError
+from checkpoint import InputError, build
+from model import StableDiffusion
 
 MERGES = ["t h", "th e</w>", "r e", "re d</w>", "c a", "ca t</w>", "a</w> b", "i n", "o n</w>"]
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -156,6 +157,14 @@ def sdxl_pipeline(folder):
         tokenizer_2=CLIPTokenizer.from_pretrained(write_tokenizer(folder / "2", pad_token="!")),
         scheduler=scheduler(), force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
+
+
+def shapes_only(folder, **scheduler):
+    """The model of a folder on the meta device, where tensors have no values to be read, as if a GPU had not finished
+    yet; with these settings of its scheduler."""
+    sd = StableDiffusion.load(folder)
+    networks = {name: build(type(network), network.cfg) for name, network in sd.networks.items()}
+    return StableDiffusion(networks, sd.tokenizers, sd.configs | {"scheduler": sd.configs["scheduler"] | scheduler})
 
 
 class NoWaiting(TorchDispatchMode):

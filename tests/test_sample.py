@@ -15,7 +15,6 @@ from PIL import Image
 import model
 import reflow
 import sample
-from checkpoint import build
 from model import StableDiffusion
 
 ROOT = Path(sample.__file__).parent
@@ -193,12 +192,8 @@ def test_other_sizes_and_dtypes_work(sd15):
 
 @pytest.mark.parametrize("folder, sampler", [("sd15", "ddim"), ("sd15", "dpm++"), ("sdxl", "ddim"), ("sd15", "flow")])
 def test_nothing_is_read_back_from_the_device_until_the_pictures_are_there(request, monkeypatch, folder, sampler):
-    loaded = StableDiffusion.load(request.getfixturevalue(folder))
-    networks = {name: build(type(network), network.cfg) for name, network in loaded.networks.items()}
     flow = {"_class_name": "PeRFlowScheduler", "num_time_windows": 2} if sampler == "flow" else {}
-    sd = StableDiffusion(
-        networks, loaded.tokenizers, loaded.configs | {"scheduler": loaded.configs["scheduler"] | flow}
-    )
+    sd = helpers.shapes_only(request.getfixturevalue(folder), **flow)
     monkeypatch.setattr(sample, "to_pixels", lambda images: images)
     pictures = sample.generate(sd, ["a cat", "the cat"], 3, 4.0, sampler=sampler)
     assert (pictures.device.type, pictures.shape) == ("meta", (2, 3, 64, 64))  # where nothing can be read

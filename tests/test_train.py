@@ -381,12 +381,9 @@ def test_the_loss_is_that_of_the_method_worked_out_by_hand(request, model, flow,
 
 @pytest.mark.parametrize("model, flow, windows, steps", [("sd15", {}, 8, 4), ("sdxl", {}, 8, 4), ("sd15", FLOW, 4, 2)])
 def test_nothing_is_read_back_from_the_device_on_the_way_to_the_gradient(request, model, flow, windows, steps):
-    loaded = StableDiffusion.load(request.getfixturevalue(model))
-    networks = {name: build(type(network), network.cfg) for name, network in loaded.networks.items()}
-    configs = loaded.configs | {"scheduler": loaded.configs["scheduler"] | flow}
-    teacher = StableDiffusion(networks, loaded.tokenizers, configs)
-    student = build(UNet, loaded.unet.cfg).requires_grad_(True)
-    assert teacher.device.type == "meta"  # on this device tensors have shapes only, as if a GPU had not finished yet
+    teacher = helpers.shapes_only(request.getfixturevalue(model), **flow)
+    student = build(UNet, teacher.unet.cfg).requires_grad_(True)
+    assert teacher.device.type == "meta"
     with pytest.raises(RuntimeError, match="meta"):
         teacher.alphas_cumprod[0].item()
     items = draw(2, 2, windows)
@@ -397,7 +394,7 @@ def test_nothing_is_read_back_from_the_device_on_the_way_to_the_gradient(request
     assert all(weight.grad is not None for weight in student.parameters())
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
     torch.optim.AdamW(student.parameters()).step()
-    train.update_average(build(UNet, loaded.unet.cfg), student, 0, decay=0.9)
+    train.update_average(build(UNet, teacher.unet.cfg), student, 0, decay=0.9)
 
 
 def test_several_points_share_one_solved_path(sd15):
