@@ -72,12 +72,12 @@ def test_a_method_goes_on_from_the_stages_of_another_and_none_is_trained_twice(t
 def test_a_methods_settings_reach_the_trainer(tmp_path, commands):
     experiments.trained(METHODS["perflow-even"], 2, 20_000, settings(tmp_path))
     experiments.trained(METHODS["i-guided"], 2, 20_000, settings(tmp_path))
-    even, guided, merged = commands
-    assert (merged["--starts"], merged["--points"], merged["--alpha"]) == ("1.0", "1", "0.1")
-    assert int(merged["--batch-size"]) == 4 * int(even["--batch-size"])
+    even, guided, eight, merged = commands
+    assert (guided["--starts"], guided["--points"], guided["--alpha"]) == ("1", "1", "0.1")
+    assert int(guided["--batch-size"]) == 4 * int(even["--batch-size"])
     assert (even["--windows"], even["--alpha"], even["--starts"]) == ("4", "0", "0.0")
     assert even["--teacher-guidance"] == "1.0"
-    assert (guided["--teacher-guidance"], merged["--teacher-guidance"]) == ("2.0", "1.0")
+    assert [told["--teacher-guidance"] for told in (guided, eight, merged)] == ["2.0", "1.0", "1.0"]
 
 
 def test_a_failed_training_ends_the_run_with_one_line(tmp_path, monkeypatch):
