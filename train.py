@@ -15,6 +15,7 @@ checkpoints, log.jsonl and sheets of samples (`runs.py`). Read `data.py`, `reflo
 import argparse
 import copy
 import functools
+import math
 import multiprocessing
 import os
 import signal
@@ -84,10 +85,11 @@ class Process:
 
     def mean(self, numbers: Tensor) -> Tensor:
         """The mean over all processes."""
-        if self.world > 1:
-            dist.all_reduce(numbers)
-            numbers /= self.world
-        return numbers
+        if self.world == 1:
+            return numbers
+        total = numbers.clone()
+        dist.all_reduce(total)
+        return total / self.world
 
 
 def velocity_of(sd: StableDiffusion, unet: nn.Module, batch: dict, windows: int) -> reflow.Network:
@@ -353,21 +355,21 @@ def run(args: argparse.Namespace) -> None:
         for step in range(start, args.iters):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
-            numbers, left_out = torch.zeros(5, device=process.device), 0
+            numbers, left_out = torch.zeros(6, device=process.device), 0
             for part in range(args.accumulate):
                 drawn = next(items)
                 left_out += int(drawn.pop("left_out", torch.zeros(1)).sum())
                 last = part == args.accumulate - 1
                 numbers[:3] += add_gradient(network, teacher, drawn, steps, last, args) / args.accumulate
-            norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)  # of the average: all processes have the same
-            if not norm.isfinite():
+            numbers[3] = nn.utils.clip_grad_norm_(student.parameters(), 1.0)  # of the average: the same everywhere
+            numbers[4], numbers[5] = stop.asked, left_out
+            loss, mse, cos, norm, stopping, left_out = process.mean(numbers).tolist()  # here alone a GPU is waited for
+            if not math.isfinite(norm):
                 report_divergence(step, numbers[0], process, folder)
             optimizer.step()
             optimizer.zero_grad()
             update_average(average, student, step, args.ema)
-            numbers[3], numbers[4] = stop.asked, left_out
-            loss, mse, cos, stopping, left_out = process.mean(numbers).tolist()
-            shown = {"loss": loss, "mse": mse, "cos": cos, "grad_norm": norm.item(), "lr": group["lr"]}
+            shown = {"loss": loss, "mse": mse, "cos": cos, "grad_norm": norm, "lr": group["lr"]}
             shown["left_out"] = left_out * process.world
             log.add(step + 1, shown, evaluations)
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -395,6 +396,25 @@ def test_nothing_is_read_back_from_the_device_on_the_way_to_the_gradient(request
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
     torch.optim.AdamW(student.parameters()).step()
     train.update_average(build(UNet, teacher.unet.cfg), student, 0, decay=0.9)
+
+
+def test_a_device_is_waited_for_once_in_an_update(sd15, tmp_path, monkeypatch):
+    waits = []
+
+    def told(process, numbers):
+        waits.append(numbers.device.type)
+        return torch.zeros(numbers.shape)
+
+    teacher = helpers.shapes_only(sd15)
+    student = build(UNet, teacher.unet.cfg).requires_grad_(True)
+    monkeypatch.setattr(train.sample, "choose_device", lambda _: "meta")
+    monkeypatch.setattr(train, "load_networks", lambda *_: (teacher, student))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no such device
+    monkeypatch.setattr(train.Process, "mean", told)
+    monkeypatch.setattr(train, "save_checkpoint", lambda *_: None)
+    monkeypatch.setattr(train, "save_flow", lambda *_: None)
+    assert run("--stage", 1, "--model", sd15, "--iters", 1, "--windows", 32, "--out", tmp_path) == 0
+    assert waits == ["meta"]
 
 
 def test_several_points_share_one_solved_path(sd15):
