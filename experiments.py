@@ -225,7 +225,40 @@ def table(rows: list[dict], cost: int) -> str:
             training = [f"{of_this[0]['training'] / 1e6:.2f} M", str(len(of_this))]
         first = [names.get(key, name), str(n), str(of_this[0]["evaluations"]), *training]
         text += "| " + " | ".join([*first, *shown, str(paper or "")]) + " |\n"
-    return text
+    return text + reached(rows, cost)
+
+
+def over_cost(rows: list[dict], name: str) -> dict[int, list[float]]:
+    """Frechet distances of a method's seeds at 4 steps, by the cost of training, which rises."""
+    points = {}
+    for row in sorted((r for r in rows if (r["method"], r["steps"]) == (name, 4)), key=lambda row: row["training"]):
+        points.setdefault(row["training"], []).append(row["frechet"])
+    return points
+
+
+def cost_to_reach(distance: float, points: dict[int, list[float]]) -> float | None:
+    """The lowest cost at which the mean is no more than this distance, on straight lines between what was measured,
+    over the logarithm of cost. None where it is never reached."""
+    means = [(cost, statistics.mean(values)) for cost, values in points.items()]
+    if means[0][1] <= distance:
+        return means[0][0]
+    for (before, worse), (after, better) in zip(means, means[1:]):
+        if better <= distance:
+            return before * (after / before) ** ((worse - distance) / (worse - better))
+    return None
+
+
+def reached(rows: list[dict], cost: int) -> str:
+    """At which cost PeRFlow and the progressive stages are as good as PeRFlow is in the table: a line below it."""
+    points = {name: over_cost(rows, name) for name in ("perflow", "i")}
+    if min(map(len, points.values())) < 2:
+        return ""
+    of_table = [row["frechet"] for row in rows if (row["method"], row["cost of a stage"]) == ("perflow", cost)]
+    text = f"\nA distance of {statistics.mean(of_table):.2f} at 4 steps, PeRFlow's in the table, is reached"
+    for name, told in ("perflow", "by PeRFlow"), ("i", "and by ProReflow-I"):
+        least = cost_to_reach(statistics.mean(of_table), points[name])
+        text += f" {told} " + (f"at {least / 1e6:.2f} M" if least else f"not up to {max(points[name]) / 1e6:.2f} M")
+    return text + " evaluations.\n"
 
 
 def curve(rows: list[dict], file: Path) -> None:
@@ -234,15 +267,11 @@ def curve(rows: list[dict], file: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(4, 3))
     for name in "perflow", "i":
-        points = {}
-        for row in rows:
-            if row["method"] == name and row["steps"] == 4:
-                points.setdefault(row["training"], []).append(row["frechet"])
-        cost = sorted(points)
+        points = over_cost(rows, name)
         axis.errorbar(
-            [c / 1e6 for c in cost],
-            [statistics.mean(points[c]) for c in cost],
-            [statistics.stdev(points[c]) if len(points[c]) > 1 else 0 for c in cost],
+            [cost / 1e6 for cost in points],
+            [statistics.mean(values) for values in points.values()],
+            [statistics.stdev(values) if len(values) > 1 else 0 for values in points.values()],
             marker="o",
             label=METHODS[name].name.replace("*", ""),
         )

@@ -141,6 +141,24 @@ def test_a_table_is_of_one_teacher_the_last():
     assert experiments.of_one_teacher(rows[:2]) == rows[:2]
 
 
+def test_the_cost_of_a_distance_lies_between_those_measured():
+    points = {100: [9.0, 11.0], 400: [6.0], 1600: [7.0]}
+    assert experiments.cost_to_reach(8.0, points) == pytest.approx(200)  # half of the way, in the logarithm
+    assert experiments.cost_to_reach(6.0, points) == pytest.approx(400)
+    assert experiments.cost_to_reach(12.0, points) == 100 and experiments.cost_to_reach(5.9, points) is None
+
+
+def test_below_the_table_stands_what_it_costs_to_be_as_good_as_perflow():
+    at = [{"cost of a stage": 10 * n, "training": n * 1_000_000, "seed": 0} for n in (1, 2, 4)]
+    rows = [row("perflow", 4, distance, **cost) for distance, cost in zip((9.0, 8.0, 7.0), at)]
+    rows += [row("i", 4, 7.0, **at[0]), row("i", 4, 6.0, **at[1])]
+    by_perflow = "A distance of 7.00 at 4 steps, PeRFlow's in the table, is reached by PeRFlow at 4.00 M"
+    assert experiments.reached(rows, 40).strip() == f"{by_perflow} and by ProReflow-I at 1.00 M evaluations."
+    rows[3:] = [row("i", 4, 9.0, **cost) for cost in at]
+    assert experiments.reached(rows, 40).endswith("and by ProReflow-I not up to 4.00 M evaluations.\n")
+    assert experiments.reached(rows[2:], 40) == ""
+
+
 def test_the_curve_of_cost_is_drawn(tmp_path):
     rows = [row(name, 4, 9.0, training=cost, seed=0) for name in ("perflow", "i") for cost in (1e6, 2e6)]
     experiments.curve(rows, tmp_path / "cost.png")
