@@ -71,6 +71,15 @@ def test_a_whole_run_gives_the_pictures_of_diffusers(request, model, scheduler, 
     assert np.abs(pictures / 255 - expected).max() < 1.5 / 255  # at most one level, from rounding
 
 
+def test_a_compiled_network_is_one_graph_and_compiled_once_for_all_steps(sdxl):
+    sd = StableDiffusion.load(sdxl)
+    expected, graphs = sample.generate(sd, ["the cat"], 5, size=64), []
+    sd.unet.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for steps in 3, 5:
+        images = sample.generate(sd, ["the cat"], steps, size=64)
+    assert (images == expected).all() and len(graphs) == 1
+
+
 def test_a_flow_walks_its_windows(sd15_copy):
     """With a step per window, a flow in form ddim_eps is DDIM, but for the network's clock: tau, not tau - 1."""
     diffusion = StableDiffusion.load(sd15_copy)

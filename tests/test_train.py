@@ -1,5 +1,6 @@
 """The trainer: what a stage learns from, that interruptions leave no trace, and what comes out of it."""
 
+import copy
 import json
 import math
 import os
@@ -396,6 +397,18 @@ def test_nothing_is_read_back_from_the_device_on_the_way_to_the_gradient(request
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
     torch.optim.AdamW(student.parameters()).step()
     train.update_average(build(UNet, teacher.unet.cfg), student, 0, decay=0.9)
+
+
+def test_compiled_networks_are_one_graph_each_for_all_updates(sd15):
+    teacher = StableDiffusion.load(sd15)
+    teacher.configs["scheduler"] |= FLOW
+    student, graphs = copy.deepcopy(teacher.unet).requires_grad_(True), []
+    for network in teacher.unet, student:
+        network.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for _ in range(2):
+        batch = train.prepare(teacher, draw(2, 1, windows=4), CPU)
+        train.loss_of(student, teacher, batch, windows=4, steps=2, alpha=0.1)[0].backward()
+    assert len(graphs) == 2
 
 
 def test_a_device_is_waited_for_once_in_an_update(sd15, tmp_path, monkeypatch):
