@@ -228,18 +228,28 @@ def table(rows: list[dict], cost: int) -> str:
     return text + reached(rows, cost)
 
 
-def over_cost(rows: list[dict], name: str) -> dict[int, list[float]]:
-    """Frechet distances of a method's seeds at 4 steps, by the cost of training, which rises."""
-    points = {}
-    for row in sorted((r for r in rows if (r["method"], r["steps"]) == (name, 4)), key=lambda row: row["training"]):
-        points.setdefault(row["training"], []).append(row["frechet"])
-    return points
+def of_shared_seeds(rows: list[dict], *names: str) -> list[dict]:
+    """The rows of those seeds alone that every point of a curve has; `names` are the columns that tell its points.
+    Seeds differ by more than points may."""
+    seeds = {}
+    for row in rows:
+        seeds.setdefault(tuple(row[name] for name in names), set()).add(row["seed"])
+    return [row for row in rows if all(row["seed"] in there for there in seeds.values())]
 
 
-def cost_to_reach(distance: float, points: dict[int, list[float]]) -> float | None:
-    """The lowest cost at which the mean is no more than this distance, on straight lines between what was measured,
+def over_cost(rows: list[dict]) -> dict[str, dict[int, float]]:
+    """Mean Frechet distances at 4 steps, of PeRFlow and of ProReflow-I, by the cost of training, which rises."""
+    rows = [row for row in rows if row["method"] in ("perflow", "i") and row["steps"] == 4]
+    points = {"perflow": {}, "i": {}}
+    for row in sorted(of_shared_seeds(rows, "method", "training"), key=lambda row: row["training"]):
+        points[row["method"]].setdefault(row["training"], []).append(row["frechet"])
+    return {name: {cost: statistics.mean(v) for cost, v in by_cost.items()} for name, by_cost in points.items()}
+
+
+def cost_to_reach(distance: float, points: dict[int, float]) -> float | None:
+    """The lowest cost at which the distance is no more than this one, on straight lines between what was measured,
     over the logarithm of cost. None where it is never reached."""
-    means = [(cost, statistics.mean(values)) for cost, values in points.items()]
+    means = list(points.items())
     if means[0][1] <= distance:
         return means[0][0]
     for (before, worse), (after, better) in zip(means, means[1:]):
@@ -250,13 +260,14 @@ def cost_to_reach(distance: float, points: dict[int, list[float]]) -> float | No
 
 def reached(rows: list[dict], cost: int) -> str:
     """At which cost PeRFlow and the progressive stages are as good as PeRFlow is in the table: a line below it."""
-    points = {name: over_cost(rows, name) for name in ("perflow", "i")}
-    if min(map(len, points.values())) < 2:
+    points = over_cost(rows)
+    at = {row["training"] for row in rows if row["method"] == "perflow" and row["cost of a stage"] == cost}
+    if min(map(len, points.values())) < 2 or not at & points["perflow"].keys():
         return ""
-    of_table = [row["frechet"] for row in rows if (row["method"], row["cost of a stage"]) == ("perflow", cost)]
-    text = f"\nA distance of {statistics.mean(of_table):.2f} at 4 steps, PeRFlow's in the table, is reached"
+    aim = points["perflow"][at.pop()]
+    text = f"\nWith the same seeds, PeRFlow's distance of {aim:.2f} at this cost is reached"
     for name, told in ("perflow", "by PeRFlow"), ("i", "and by ProReflow-I"):
-        least = cost_to_reach(statistics.mean(of_table), points[name])
+        least = cost_to_reach(aim, points[name])
         text += f" {told} " + (f"at {least / 1e6:.2f} M" if least else f"not up to {max(points[name]) / 1e6:.2f} M")
     return text + " evaluations.\n"
 
@@ -266,16 +277,11 @@ def curve(rows: list[dict], file: Path) -> None:
     plt = figures.pyplot()
 
     figure, axis = plt.subplots(figsize=(4, 3))
-    for name in "perflow", "i":
-        points = over_cost(rows, name)
-        axis.errorbar(
-            [cost / 1e6 for cost in points],
-            [statistics.mean(values) for values in points.values()],
-            [statistics.stdev(values) if len(values) > 1 else 0 for values in points.values()],
-            marker="o",
-            label=METHODS[name].name.replace("*", ""),
-        )
+    for name, points in over_cost(rows).items():
+        axis.plot(list(points), list(points.values()), marker="o", label=METHODS[name].name.replace("*", ""))
     axis.set_xscale("log")
+    axis.set_xticks(list(points), [f"{cost / 1e6:.2f}" for cost in points])
+    axis.minorticks_off()
     axis.set_xlabel("training, million evaluations")
     axis.set_ylabel("Frechet distance, 4 steps")
     axis.legend(fontsize=7)
@@ -288,12 +294,14 @@ def over_alpha(rows: list[dict], cost: int, file: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(4, 3))
     for windows in (8,), (8, 4):
-        points = {}
+        names = {}
         for alpha in ALPHAS:
             stages = tuple(Stage(w, alpha=alpha) for w in windows)
-            [name] = [name for name, method in (METHODS | FIGURE_4).items() if method.stages == stages]
-            at = {"method": name, "steps": windows[-1], "cost of a stage": cost}
-            points[alpha] = [row["frechet"] for row in rows if at.items() <= row.items()]
+            [names[alpha]] = [name for name, method in (METHODS | FIGURE_4).items() if method.stages == stages]
+        at = {"steps": windows[-1], "cost of a stage": cost}
+        shown = [row for row in rows if row["method"] in names.values() and at.items() <= row.items()]
+        shown = of_shared_seeds(shown, "method")
+        points = {alpha: [row["frechet"] for row in shown if row["method"] == name] for alpha, name in names.items()}
         there = [alpha for alpha in ALPHAS if points[alpha]]
         means = [statistics.mean(points[alpha]) for alpha in there]
         axis.plot(there, means, marker="o", label=f"{windows[-1]} windows and steps")
