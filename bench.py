@@ -101,6 +101,8 @@ def random_model(family: dict, folder: Path, dtype: str) -> Path:
         tokenizer.mkdir(exist_ok=True)
         (tokenizer / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
         (tokenizer / "merges.txt").write_text("#version: 0.2\n")
+        special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
+        checkpoint.write_json(tokenizer / "tokenizer_config.json", special | {"model_max_length": 77})
     (folder / "model_index.json").write_text(json.dumps(family["model_index"]))  # last: what it names is there
     return folder
 

@@ -53,17 +53,33 @@ def test_a_merging_stage_asks_its_teacher_twice_and_perflow_eight_times(monkeypa
     assert calls == [2, 8]
 
 
+# SD1.5 as narrow as it can be, to try what is meant for its full size.
+SMALL = {
+    "unet": convert.SD15["unet"] | {"block_out_channels": [32] * 4, "cross_attention_dim": 32, "sample_size": 16},
+    "vae": convert.SD15["vae"] | {"block_out_channels": [32] * 4},
+    "text_encoder": convert.SD15["text_encoder"]
+    | {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1},
+}
+
+
+def test_both_pipelines_draw_pictures_of_the_model_of_random_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.convert, "SD15", convert.SD15 | SMALL)
+    pictures, compare = {}, bench.compare
+
+    def drawn(what, sides, *more):
+        pictures.update({side: call() for side, call in sides.items()})
+        return compare(what, sides, *more)
+
+    monkeypatch.setattr(bench, "compare", drawn)
+    [row] = bench.bench_pipeline(argparse.Namespace(device="cpu", runs=1, work=tmp_path))
+    assert row["ratio"] > 0 and pictures["ours"].shape == pictures["diffusers"].images.shape == (1, 128, 128, 3)
+
+
 def test_training_is_measured_in_a_run_of_both_kinds_of_stage(tmp_path, monkeypatch):
-    small = {
-        "unet": convert.SD15["unet"] | {"block_out_channels": [32] * 4, "cross_attention_dim": 32},
-        "vae": convert.SD15["vae"] | {"block_out_channels": [32] * 4},
-        "text_encoder": convert.SD15["text_encoder"]
-        | {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1},
-    }
-    monkeypatch.setattr(bench, "TRAINED", {"small": (convert.SD15 | small, 2, 128)})
+    monkeypatch.setattr(bench, "TRAINED", {"small": (convert.SD15 | SMALL, 2, 128)})
     rows = bench.bench_train(argparse.Namespace(device="cpu", runs=1, work=tmp_path))
     assert [row["what"].split(",")[1] for row in rows] == [" stage 1", " stage 2"]
-    flops = bench.forward_flops(small, 128)
+    flops = bench.forward_flops(SMALL, 128)
     for row in rows:
         rate, teraflops = row["values"]["evaluations/s"], row["values"]["TFLOP/s"]
         assert rate > 0 and teraflops == pytest.approx(rate * flops / 1e12, rel=0.01)
