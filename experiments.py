@@ -277,10 +277,11 @@ def curve(rows: list[dict], file: Path) -> None:
     plt = figures.pyplot()
 
     figure, axis = plt.subplots(figsize=(4, 3))
-    for name, points in over_cost(rows).items():
-        axis.plot(list(points), list(points.values()), marker="o", label=METHODS[name].name.replace("*", ""))
+    points = over_cost(rows)
+    for name, by_cost in points.items():
+        axis.plot(list(by_cost), list(by_cost.values()), marker="o", label=METHODS[name].name.replace("*", ""))
     axis.set_xscale("log")
-    axis.set_xticks(list(points), [f"{cost / 1e6:.2f}" for cost in points])
+    axis.set_xticks(list(points["perflow"]), [f"{cost / 1e6:.2f}" for cost in points["perflow"]])
     axis.minorticks_off()
     axis.set_xlabel("training, million evaluations")
     axis.set_ylabel("Frechet distance, 4 steps")
