@@ -5,12 +5,15 @@ exceptions: for each of our tensors, where it is found in such a file, and how. 
 
     python convert.py v1-5-pruned-emaonly.safetensors OUT --tokenizer DIR       a single file -> a model folder
     python convert.py BASE OUT --delta FILE --windows 4 --prediction-type diff_eps     base + PeRFlow's difference
+    python convert.py FOLDER OUT.safetensors                                    and back: a folder -> a single file
+    python convert.py FLOW OUT.safetensors --difference-from BASE               a flow -> its difference, as PeRFlow's
 """
 
 import argparse
 import re
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 # Where a tensor of ours is found: its name in the file, and the way from the stored tensor to ours.
@@ -170,6 +173,20 @@ def sources_in_single_file(
     return {key: (prefix + name, view) for key, (name, view) in sources.items()}
 
 
+def as_single_file(family: str, component: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The way back: a component's tensors under their names in a single file, and in the form that they have there."""
+    stored: dict[str, list[tuple[str, Tensor]]] = {}
+    for key, (name, view) in sources_in_single_file(family, component, tensors).items():
+        back = {as_linear: lambda tensor: tensor[:, :, None, None], transposed: transposed}.get(view, as_stored)
+        stored.setdefault(name, []).append((key, back(tensors[key])))
+
+    def place(part: tuple[str, Tensor]) -> int:  # queries, keys and values are one matrix, in this order
+        match = re.search(r"\.([qkv])_proj\.", part[0])
+        return "qkv".index(match[1]) if match else 0
+
+    return {name: torch.cat([tensor for _, tensor in sorted(parts, key=place)]) for name, parts in stored.items()}
+
+
 def family_of(names: Iterable[str]) -> str:
     """The kind of a single file, "SD1.5" or "SDXL", from its tensors' names. Raises ValueError for any other."""
 
@@ -260,24 +277,34 @@ OFFICIAL = {"SD1.5": SD15, "SDXL": SDXL}
 
 def main() -> None:
     from checkpoint import one_line_errors
-    from model import StableDiffusion, add_delta  # here, because model.py imports this file
+    from model import StableDiffusion, add_delta, save_delta  # here, because model.py imports this file
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a single .safetensors file of SD1.5 or SDXL, or a model folder")
-    parser.add_argument("out", help="the model folder to write")
+    parser.add_argument("out", help="the model folder to write, or a .safetensors file")
     parser.add_argument("--tokenizer", help="folder of the tokenizer(s); single files hold none")
     parser.add_argument("--delta", help="safetensors file of UNet weight differences to add, as PeRFlow publishes them")
     parser.add_argument("--windows", type=int, help="with --delta: the number of windows of the flow")
     parser.add_argument("--prediction-type", choices=["ddim_eps", "diff_eps"], help="with --delta: what it predicts")
+    parser.add_argument("--difference-from", metavar="BASE", help="write the UNet's difference from this model's alone")
     args = parser.parse_args()
     if args.delta and not (args.windows and args.prediction_type):
         parser.error("--delta also needs --windows and --prediction-type (PeRFlow's SD1.5: 4 and diff_eps)")
+    if args.difference_from and not args.out.endswith(".safetensors"):
+        parser.error("--difference-from writes one file: let OUT end in .safetensors")
     with one_line_errors(parser):
         sd = StableDiffusion.load(args.source, dtype=None, tokenizer=args.tokenizer)
         if args.delta:
             add_delta(sd, args.delta, args.windows, args.prediction_type)
-        sd.save(args.out)
+        if args.difference_from:
+            save_delta(sd, StableDiffusion.load(args.difference_from, dtype=None, tokenizer=args.tokenizer), args.out)
+        else:
+            sd.save(args.out)
     print(f"wrote {args.out}")
+    if sd.windows and args.out.endswith(".safetensors"):
+        print(
+            f"it does not say that it is a flow of {sd.windows} windows, {sd.prediction_type}: tell the tool that does"
+        )
 
 
 if __name__ == "__main__":

@@ -174,8 +174,11 @@ class StableDiffusion:
         return cls(networks, tokenizers, configs)
 
     def save(self, path: str | Path) -> None:
-        """Write a model folder that `load`, diffusers and transformers open. It appears whole or not at all."""
+        """Write a model folder that `load`, diffusers and transformers open; or a single `.safetensors` file, if the
+        path ends so. It appears whole or not at all."""
         path = Path(path).resolve()
+        if path.suffix == ".safetensors":
+            return write_file(path, self.as_single_file(path))
         empty = path.is_dir() and not any(path.iterdir())
         if path.exists() and not empty and not (path / "model_index.json").exists():
             raise InputError(f"{path} exists and is not a model folder; remove it, or choose another place")
@@ -197,6 +200,32 @@ class StableDiffusion:
             raise InputError(f"cannot write {path}: {error}") from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+    def as_single_file(self, path: Path) -> dict[str, Tensor]:
+        """All tensors under their names in a single file. It tells no settings, so only official ones can be stored."""
+        family, tensors = "SDXL" if "text_encoder_2" in self.networks else "SD1.5", {}
+        for name, network in self.networks.items():
+            network_class, config_class, _ = NETWORKS[name]
+            official = checkpoint.read_config(config_class, convert.OFFICIAL[family][name], name)
+            shapes = {
+                key: weight.shape for key, weight in checkpoint.build(network_class, official).state_dict().items()
+            }
+            if shapes != {key: weight.shape for key, weight in network.state_dict().items()}:
+                raise InputError(f"{path}: the {name} is none of {family}; a single file cannot tell what it is")
+            tensors |= convert.as_single_file(family, name, network.state_dict())
+        return tensors
+
+
+def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    aside = path.with_name(path.name + ".partial")
+    try:
+        checkpoint.write_tensors(aside, tensors)
+        aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def read_folder(path: Path, dtype: torch.dtype | None) -> tuple[dict[str, dict], dict[str, dict[str, Path]]]:
@@ -308,3 +337,14 @@ def add_delta(sd: StableDiffusion, file: str | Path, windows: int, prediction_ty
     sd.configs["scheduler"] |= {
         "_class_name": "PeRFlowScheduler", "num_time_windows": windows, "prediction_type": prediction_type,
     }  # fmt: skip
+
+
+def save_delta(flow: StableDiffusion, base: StableDiffusion, file: str | Path) -> None:
+    """Write the difference of two UNets, as `add_delta` and PeRFlow's tools read it: added to another model with the
+    base's architecture, it makes a flow of that one. In the flow's dtype. Raises InputError."""
+    ours, theirs = flow.unet.state_dict(), base.unet.state_dict()
+    if {key: w.shape for key, w in ours.items()} != {key: w.shape for key, w in theirs.items()}:
+        raise InputError(
+            f"{file}: the two UNets are not built alike; a difference needs the model that the flow was made of"
+        )
+    write_file(Path(file), {key: (w.float() - theirs[key].float()).to(w.dtype) for key, w in ours.items()})

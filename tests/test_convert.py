@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import convert
 from checkpoint import build, read_config
-from model import NETWORKS, StableDiffusion, add_delta
+from model import NETWORKS, StableDiffusion, add_delta, save_delta
 
 load = StableDiffusion.load
 BIG_G = "conditioner.embedders.1.model."
@@ -220,6 +220,23 @@ def test_convert_writes_a_single_file_as_a_folder(single_file, folder, tmp_path,
     assert same(opened.unet.state_dict(), wanted.unet.state_dict())
 
 
+def test_a_folder_becomes_the_single_file_that_it_was(single_file, family, folder, tmp_path):
+    load(folder).save(tmp_path / "again.safetensors")
+    wanted = {name: tensor for name, tensor in load_file(single_file).items() if name not in BESIDES[family]}
+    assert same(load_file(tmp_path / "again.safetensors"), wanted)
+    assert [file.name for file in tmp_path.glob("again*")] == ["again.safetensors"]
+
+
+def test_what_is_not_official_makes_no_single_file(folder, tmp_path):
+    message = refusal(load(folder).save, tmp_path / "again.safetensors")
+    assert "a single file cannot tell what it is" in message and not list(tmp_path.glob("again*"))
+
+
+def test_a_single_file_that_cannot_be_written_is_refused(single_file, folder, tmp_path):
+    (tmp_path / "again.safetensors").mkdir()
+    assert "cannot write" in refusal(load(folder).save, tmp_path / "again.safetensors")
+
+
 def test_a_single_file_needs_a_tokenizer(single_file):
     assert "a single file holds no tokenizer; give the folder of one" in refusal(load, single_file)
 
@@ -330,6 +347,24 @@ def test_a_difference_of_another_network_is_refused(sd15, delta):
     assert "conv_in.weight is (8, 9, 3, 3)" in refusal(add_delta, load(sd15), delta, 4, "diff_eps")
 
 
+def test_a_flow_becomes_the_difference_that_it_was_made_of(sd15, delta, tmp_path, monkeypatch, capsys):
+    argv = ["convert.py", sd15, tmp_path / "flow", "--delta", delta, "--windows", "4", "--prediction-type", "diff_eps"]
+    again = ["convert.py", tmp_path / "flow", tmp_path / "again.safetensors", "--difference-from", sd15]
+    for command in argv, again:
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        convert.main()
+    found, wanted = load_file(tmp_path / "again.safetensors"), load_file(delta)
+    assert found.keys() == wanted.keys()
+    for key, difference in wanted.items():
+        torch.testing.assert_close(found[key], difference, rtol=0, atol=1e-6)
+    assert "does not say that it is a flow of 4 windows, diff_eps" in capsys.readouterr().out
+
+
+def test_a_difference_needs_two_of_a_kind(sd15, sdxl, tmp_path):
+    assert "not built alike" in refusal(save_delta, load(sdxl), load(sd15), tmp_path / "delta.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 # ---- the command ----
 
 
@@ -350,3 +385,10 @@ def test_a_difference_needs_to_be_told_what_it_is(sd15, delta, tmp_path, monkeyp
     with pytest.raises(SystemExit, match="2"):
         convert.main()
     assert "--delta also needs --windows and --prediction-type" in capsys.readouterr().err
+
+
+def test_a_difference_is_written_into_one_file(sd15, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["convert.py", str(sd15), str(tmp_path / "out"), "--difference-from", str(sd15)])
+    with pytest.raises(SystemExit, match="2"):
+        convert.main()
+    assert "let OUT end in .safetensors" in capsys.readouterr().err
