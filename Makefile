@@ -24,7 +24,7 @@ miniature: .venv/ready  ## train the miniature again, from nothing
 bench: .venv/ready-dev  ## speed against diffusers, transformers, scipy; then the README's table anew
 	for what in networks decode text pipeline start frechet step; do \
 	  $(BIN)/python bench.py $$what --json docs/results/bench-$$what.json || exit; done
-	$(BIN)/python bench.py growth --json docs/results/growth.json
+	for what in growth limit; do $(BIN)/python bench.py $$what --json docs/results/$$what.json || exit; done
 	$(BIN)/python bench.py table
 
 walkthrough: .venv/ready  ## run docs/walkthrough.md again
@@ -39,7 +39,9 @@ guided: .venv/ready  ## flows of guided paths, see the README: twice as fast to 
 	$(TRAIN) --windows 32 --teacher weights/miniature --teacher-guidance 3 --starts 1 --iters 2500 --name guided-32
 	$(TRAIN) --windows 8 --teacher out/train/guided-32 --iters 1200 --name guided-8
 	$(TRAIN) --windows 4 --teacher out/train/guided-8 --iters 1500 --name guided-4
-	$(TRAIN) --windows 2 --teacher out/train/guided-4 --iters 500 --name guided-2
+	$(TRAIN) --windows 4 --teacher weights/miniature --teacher-guidance 3 --solver-steps 4 --own-starts 0.5 \
+	  --student out/train/guided-4 --iters 2600 --name guided-4-own
+	$(TRAIN) --windows 2 --teacher out/train/guided-4-own --own-starts 0.5 --iters 1000 --name guided-2
 	$(TRAIN) --windows 1 --teacher out/train/guided-2 --iters 700 --name guided-1
 
 experiments: .venv/ready-dev  ## the paper's tables in miniature, and the README's table anew; may be interrupted, too

@@ -177,6 +177,7 @@ def table(args: argparse.Namespace) -> str:
     head = "model", "sampler", "steps", "guidance", "evaluations", "Frechet", "CLIP", "one item", "two items"
     lines = [[*head, "one, guidance 4", "two, guidance 4", "paper's FID, SD1.5"], ["---"] * (len(head) + 3)]
     rows = [row for row in kept(args.json) if row["split"] == "test" and row["model"] in SHOWN]
+    rows = [row for row in rows if row["prompts"] == args.count]
     clear = {(row["model"], row["sampler"], row["steps"]): row for row in rows if row["guidance"] == 4}
     rows = [row for row in rows if row["guidance"] != 4]
     rows.sort(key=lambda row: (SHOWN.index(row["model"]), row["sampler"], -row["steps"], row["guidance"]))

@@ -157,6 +157,13 @@ def solver_grid(tau: Tensor, windows: int, steps: int) -> Tensor:
     return rising_borders(windows * steps, tau.device)[k * steps - down]
 
 
+def start_on_path(velocity: Network, noise: Tensor, tau: Tensor, windows: int) -> Tensor:
+    """Where a flow's own path from noise is when the window of each tau begins. windows - 1 evaluations."""
+    start, _ = window_of(tau, windows)
+    falling = rising_borders(windows, tau.device)[1:].flip(0)
+    return euler(velocity, noise, falling[:, None].clamp(min=start))  # once there, steps have no length
+
+
 def solve_window(
     solve: Callable[[Tensor, Tensor], Tensor],
     z_0: Tensor,
@@ -165,6 +172,7 @@ def solve_window(
     windows: int,
     steps: int,
     alphas_cumprod: Tensor,
+    walked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The teacher's way through the window of each tau, as (start, end, z_s, z_e): its borders (B,) and what is there.
 
@@ -173,10 +181,14 @@ def solve_window(
 
         first stage      lambda z, grid: ddim(teacher_epsilon, z, alphas_cumprod, grid)
         merging stages   lambda z, grid: euler(previous_velocity, z, grid)
+
+    walked: what the first samples start from instead, see `start_on_path`.
     """
     grid = solver_grid(tau, windows, steps)
     a = alpha_bar(alphas_cumprod, grid[0])
     z_s = along(a.sqrt(), z_0) * z_0 + along((1 - a).sqrt(), z_0) * noise
+    if walked is not None:
+        z_s = torch.cat([walked, z_s[len(walked) :]])
     return grid[0], grid[-1], z_s, solve(z_s, grid)
 
 

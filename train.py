@@ -188,12 +188,13 @@ def loss_of(
     steps: int,
     alpha: float,
     guidance: float = 1.0,
+    walked: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a stage on a prepared batch, and its two parts: one training triple per point."""
     with torch.no_grad():
         path = reflow.solve_window(
             teacher_solver(teacher, batch, guidance), batch["z_0"], batch["noise"], batch["tau"][:, 0], windows, steps,
-            teacher.alphas_cumprod,
+            teacher.alphas_cumprod, walked,
         )  # fmt: skip
         points = batch["tau"].shape[1]  # a solved path is dear, so it may serve for several points
         path = [part.repeat_interleave(points, dim=0) for part in path]
@@ -205,6 +206,22 @@ def loss_of(
     return decomposed_velocity_loss(velocity_of(teacher, student, conditions, windows)(z_t, tau), v, alpha)
 
 
+@torch.no_grad()
+def own_starts(average: UNet, teacher: StableDiffusion, batch: dict, windows: int, share: float) -> Tensor | None:
+    """For the first samples of a batch, a `share` of it: window starts on the path of the student itself, from noise.
+
+    Starts at noised pictures are those of sampling only as far as the paths do lead to such: not with guidance in them,
+    and not with what the student has got wrong so far. What the teacher makes of its own points corrects that (as in
+    DMD2, Yin et al. 2024, section 4.5). Not the paper's.
+    """
+    count = round(share * len(batch["noise"]))
+    if count == 0:
+        return None
+    few = {name: part if part is None else part[:count] for name, part in batch.items()}
+    velocity = velocity_of(teacher, average, few, windows)
+    return reflow.start_on_path(velocity, few["noise"], few["tau"][:, 0], windows)
+
+
 def recompute_activations(unet: UNet) -> None:
     """Gradient checkpointing: keep only the inputs of each block, and compute the rest again on the way back."""
     for module in unet.modules():
@@ -213,7 +230,13 @@ def recompute_activations(unet: UNet) -> None:
 
 
 def add_gradient(
-    network: nn.Module, teacher: StableDiffusion, items: dict, steps: int, last: bool, args: argparse.Namespace
+    network: nn.Module,
+    average: UNet,
+    teacher: StableDiffusion,
+    items: dict,
+    steps: int,
+    last: bool,
+    args: argparse.Namespace,
 ) -> Tensor:
     """One part of an update: its loss and the loss's two parts, (3,), not yet waited for on a GPU. Gradients travel
     between processes once, with the last part."""
@@ -221,7 +244,10 @@ def add_gradient(
     alone = nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()
     with alone:
         with torch.autocast(teacher.device.type, torch.bfloat16, enabled=teacher.dtype == torch.bfloat16):
-            loss, both = loss_of(network, teacher, batch, args.windows, steps, args.alpha, args.teacher_guidance)
+            walked = own_starts(average, teacher, batch, args.windows, args.own_starts)
+            loss, both = loss_of(
+                network, teacher, batch, args.windows, steps, args.alpha, args.teacher_guidance, walked
+            )
         (loss / args.accumulate).backward()
     return torch.stack([loss.detach(), both["mse"], both["cos"]])
 
@@ -262,8 +288,9 @@ def settle(args: argparse.Namespace) -> None:
     for name in "windows", "iters", "batch_size", "accumulate", "points", "log_every", "save_every":
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if not 0 <= args.starts <= 1:
-        raise InputError(f"--starts is a share, from 0 to 1, not {args.starts}")
+    for name, share in ("--starts", args.starts), ("--own-starts", args.own_starts):
+        if not 0 <= share <= 1:
+            raise InputError(f"{name} is a share, from 0 to 1, not {share}")
     if args.workers < 0 or args.solver_steps is not None and args.solver_steps < 1:
         raise InputError("--workers must be at least 0, and --solver-steps at least 1")
     if not 0 <= args.seed < 2**32:
@@ -347,7 +374,7 @@ def run(args: argparse.Namespace) -> None:
 
     items = batches_from(start, args, teacher, process)
     log = Log(folder, start, args, quiet=process.rank > 0)
-    each = evaluations_of_path(steps, args.points, args.teacher_guidance)
+    each = evaluations_of_path(steps, args.points, args.teacher_guidance) + args.own_starts * (args.windows - 1)
     evaluations = process.world * args.accumulate * args.batch_size * each
     stop = Stop()
 
@@ -360,7 +387,7 @@ def run(args: argparse.Namespace) -> None:
                 drawn = next(items)
                 left_out += int(drawn.pop("left_out", torch.zeros(1)).sum())
                 last = part == args.accumulate - 1
-                numbers[:3] += add_gradient(network, teacher, drawn, steps, last, args) / args.accumulate
+                numbers[:3] += add_gradient(network, average, teacher, drawn, steps, last, args) / args.accumulate
             numbers[3] = nn.utils.clip_grad_norm_(student.parameters(), 1.0)  # of the average: the same everywhere
             numbers[4], numbers[5] = stop.asked, left_out
             loss, mse, cos, norm, stopping, left_out = process.mean(numbers).tolist()  # here alone a GPU is waited for
@@ -402,7 +429,7 @@ def report_divergence(step: int, loss: Tensor, process: Process, folder: Path) -
 
 # What a resumed run must have in common with the interrupted one.
 KEPT = ("teacher", "student", "windows", "alpha", "batch_size", "accumulate", "points", "solver_steps", "lr", "warmup")
-KEPT += ("starts", "cooldown", "teacher_guidance", "ema", "seed", "size", "data", "augment", "iters")
+KEPT += ("starts", "own_starts", "cooldown", "teacher_guidance", "ema", "seed", "size", "data", "augment", "iters")
 
 
 def main() -> None:
@@ -422,6 +449,7 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="parts of an update")
     parser.add_argument("--points", type=int, help="points shown of each solved path; more: a cheaper teacher")
     parser.add_argument("--starts", type=float, help="share of the points that lie at their window's start, see STARTS")
+    parser.add_argument("--own-starts", type=float, default=0.0, help="share of paths that begin on the student's own")
     parser.add_argument("--solver-steps", type=int, help="teacher's steps per window; default: its share of all")
     parser.add_argument("--teacher-guidance", type=float, default=1.0, help="of the paths learned; the paper's is 1")
     parser.add_argument("--lr", type=float, help="learning rate; default by model")

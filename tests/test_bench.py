@@ -85,6 +85,18 @@ def test_training_is_measured_in_a_run_of_both_kinds_of_stage(tmp_path, monkeypa
         assert rate > 0 and teraflops == pytest.approx(rate * flops / 1e12, rel=0.01)
 
 
+def test_the_limit_tells_rates_and_shares_of_the_time(monkeypatch):
+    monkeypatch.setattr(
+        bench.convert, "SD15", convert.SD15 | SMALL | {"unet": SMALL["unet"] | {"cross_attention_dim": 768}}
+    )
+    monkeypatch.setattr(bench, "compare", lambda what, sides, *rest: {"ours": 2.0, "theirs": 0.5, "peer": "a product"})
+    rates, shares = (row["values"] for row in bench.bench_limit(argparse.Namespace(device="cpu", runs=1)))
+    flops = bench.forward_flops(bench.convert.SD15, 512)
+    assert list(rates.values()) == [round(flops / 1e9), round(4 * 4096**3 / 1e9)]  # in 2 s two pictures, in 0.5 s
+    assert sum(shares.values()) == pytest.approx(100, abs=0.3)
+    assert all(share > 1 for share in shares.values())  # a renamed operation would silently count among all else
+
+
 def test_a_forward_pass_of_the_official_unets_takes_0_80_and_6_76_tflop():
     counted = [bench.forward_flops(convert.SD15, 512), bench.forward_flops(convert.SDXL, 1024)]
     assert counted == pytest.approx([0.803e12, 6.76e12], rel=1e-3)  # the README counts with them

@@ -126,6 +126,18 @@ def test_a_constant_velocity_is_integrated_exactly_by_any_number_of_steps(window
         torch.testing.assert_close(end, Z - EPS, rtol=1e-12, atol=1e-12)
 
 
+def test_a_flows_own_path_stops_where_the_window_of_each_tau_begins():
+    def velocity(z, tau):
+        return 0.3 * z + reflow.along(tau / 1000, z)
+
+    found = reflow.start_on_path(velocity, Z, torch.tensor([1000, 751, 750, 400, 1]), windows=4)
+    for i, passed in enumerate(([], [], [1000], [1000, 750], [1000, 750, 500])):
+        z = Z[i : i + 1]
+        for start in passed:
+            z = z - 0.25 * velocity(z, torch.tensor([start]))
+        torch.testing.assert_close(found[i : i + 1], z)
+
+
 @pytest.mark.parametrize("windows", KS)
 def test_a_fresh_student_jumps_as_the_teacher_does(windows):
     """In the form ddim_eps, one Euler step per window of an untrained flow is one DDIM step of the diffusion model."""

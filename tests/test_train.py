@@ -391,7 +391,8 @@ def test_nothing_is_read_back_from_the_device_on_the_way_to_the_gradient(request
     items = draw(2, 2, windows)
     with helpers.NoWaiting():
         batch = train.prepare(teacher, items, teacher.device)
-        loss, _ = train.loss_of(student, teacher, batch, windows, steps, alpha=0.1, guidance=3)
+        walked = train.own_starts(build(UNet, teacher.unet.cfg), teacher, batch, windows, share=0.5)
+        loss, _ = train.loss_of(student, teacher, batch, windows, steps, alpha=0.1, guidance=3, walked=walked)
         loss.backward()
     assert all(weight.grad is not None for weight in student.parameters())
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -428,6 +429,33 @@ def test_a_device_is_waited_for_once_in_an_update(sd15, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "save_flow", lambda *_: None)
     assert run("--stage", 1, "--model", sd15, "--iters", 1, "--windows", 32, "--out", tmp_path) == 0
     assert waits == ["meta"]
+
+
+@pytest.mark.parametrize("share, own", [(0, 0), (0.5, 3), (1, 6)])
+def test_a_share_of_the_paths_begins_where_the_average_leads(sd15, share, own):
+    teacher, student = StableDiffusion.load(sd15), StableDiffusion.load(sd15).unet
+    average = randomize(StableDiffusion.load(sd15).unet, 9)
+    items, seen = draw(6, 2, windows=4), []
+    teacher.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    args = SimpleNamespace(windows=4, own_starts=share, alpha=0.1, teacher_guidance=1, accumulate=1)
+    train.add_gradient(student.requires_grad_(True), average, teacher, items, 8, True, args)
+
+    batch = train.prepare(teacher, items, CPU)
+    start, _ = reflow.window_of(items["tau"][:, 0], 4)
+    a = reflow.along(reflow.alpha_bar(teacher.alphas_cumprod, start), batch["z_0"])
+    expected = a.sqrt() * batch["z_0"] + (1 - a).sqrt() * batch["noise"]
+    flow = copy.copy(teacher)
+    flow.unet = average
+    flow.configs = teacher.configs | {"scheduler": FLOW | {"num_time_windows": 4}}
+    for i in range(own):
+        caption = "" if items["dropped"][i] else items["caption"][i]
+        epsilon = sample.guided_epsilon(flow, [caption], 1, "", *items["image"].shape[2:])
+        borders = [at for at in reflow.borders(4) if at >= start[i]]
+        velocity = reflow.as_velocity(epsilon, teacher.alphas_cumprod, 4)
+        with torch.no_grad():
+            expected[i] = reflow.euler(velocity, batch["noise"][i : i + 1], torch.tensor(borders))[0]
+    assert len(set(start[: max(own, 3)].tolist())) > 1
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_several_points_share_one_solved_path(sd15):
@@ -680,6 +708,7 @@ REFUSED = [
     (["--stage", 1, "--student", "nowhere"], "the model nowhere does not exist; check the path"),
     (["--stage", 2], "stage-1 does not exist; train stage 1 first, or name a --teacher"),
     (["--stage", 1, "--starts", 1.5], "--starts is a share, from 0 to 1, not 1.5"),
+    (["--stage", 1, "--own-starts", -1], "--own-starts is a share, from 0 to 1, not -1.0"),
     (["--stage", 1, "--batch-size", 0], "--batch-size must be at least 1, not 0"),
     (["--stage", 1, "--points", 0], "--points must be at least 1, not 0"),
     (["--stage", 1, "--solver-steps", -1], "--solver-steps"),
