@@ -8,6 +8,7 @@
     python bench.py pipeline    text to picture at SD1.5's size, ours and diffusers'
     python bench.py start       process start to first picture on the miniature, ours and a diffusers script
     python bench.py frechet     Frechet distance, ours and scipy.linalg.sqrtm's
+    python bench.py limit       the UNet's operations per second, and of what kernels its time is made
     python bench.py step        a training iteration of a merging stage, and of PeRFlow's recipe
     python bench.py train       training SD1.5 and SDXL: evaluations per second, TFLOP/s, peak memory; needs a GPU
     python bench.py growth      sampling over steps, batch and size, training over processes, on the miniature
@@ -472,6 +473,35 @@ def bench_growth(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+# Parts of the names of operations that PyTorch's libraries do, the same for whoever calls them.
+KERNELS = {"convolution": "% in convolutions", "mm": "% in products of matrices", "attention": "% in attention"}
+
+
+@torch.inference_mode()
+def bench_limit(args: argparse.Namespace) -> list[dict]:
+    """How far SD1.5's UNet is from what the machine does at best, and how much of its time is anybody's to save."""
+    gpu = args.device.startswith("cuda")
+    dtype = torch.bfloat16 if gpu else torch.float32
+    with torch.device(args.device):
+        unet = UNet(checkpoint.read_config(UNetConfig, convert.SD15["unet"], "unet")).to(dtype)
+        x, text = torch.randn(2, 4, 64, 64, dtype=dtype), torch.randn(2, 77, 768, dtype=dtype)
+        t, square = torch.tensor([999, 17]), torch.randn(4096, 4096, dtype=dtype)
+    name = f"UNet SD1.5, {str(dtype).removeprefix('torch.')}, batch 2"
+    sides = {"ours": lambda: unet(x, t, text), "a product of two matrices of 4096": lambda: square @ square}
+    row = compare(name, sides, args.runs, args.device)
+    flops = 2 * forward_flops(convert.SD15, 512) / row["ours"], 2 * 4096**3 / row["theirs"]
+    rates = {f"GFLOP/s{where}": round(rate / 1e9) for where, rate in zip(("", f" in {row['peer']}"), flops)}
+
+    with torch.profiler.profile() as profile:
+        sides["ours"]()
+    times = dict.fromkeys([*KERNELS.values(), "% in all else"], 0.0)
+    for event in (event for event in profile.key_averages() if event.key.startswith("aten::")):
+        kind = next((kind for part, kind in KERNELS.items() if part in event.key), "% in all else")
+        times[kind] += event.self_device_time_total if gpu else event.self_cpu_time_total
+    shares = {kind: round(100 * time_ / sum(times.values()), 1) for kind, time_ in times.items()}
+    return [{"what": name, "values": rates}, {"what": f"{name}, its time", "values": shares}]
+
+
 RESULTS = Path(__file__).parent / "docs/results"
 MARKS = "<!-- speed: python bench.py table -->\n", "<!-- end of speed -->"
 
@@ -490,7 +520,7 @@ def table() -> str:
                 f"| {row['what']} | {row['peer']} | {row['ours']:.3g} s | {row['theirs']:.3g} s "
                 f"| {row['ratio']:.2f} ({low:.2f} to {high:.2f}) | {peak_ratio(row)} |"
             )
-    for file in [file for file in (RESULTS / "growth.json", RESULTS / "training.json") if file.exists()]:
+    for file in filter(Path.exists, (RESULTS / f"{name}.json" for name in ("growth", "limit", "training"))):
         for row in json.loads(file.read_text())["rows"]:
             if "unit" in row:  # one thing at several values
                 told = ", ".join(f"{value} at {at}" for at, value in row["values"].items())
@@ -520,8 +550,8 @@ BENCHES = {
     "text": bench_text,
     "pipeline": bench_pipeline,
 }
-BENCHES |= {"start": bench_start, "frechet": bench_frechet, "step": bench_step, "growth": bench_growth}
-BENCHES |= {"train": bench_train}
+BENCHES |= {"start": bench_start, "frechet": bench_frechet, "step": bench_step, "limit": bench_limit}
+BENCHES |= {"growth": bench_growth, "train": bench_train}
 
 
 def about() -> dict:
