@@ -190,7 +190,8 @@ def loss_of(
     guidance: float = 1.0,
     walked: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a stage on a prepared batch, and its two parts: one training triple per point."""
+    """The loss of a stage on a prepared batch, and its two parts: one training triple per point. walked: what
+    `own_starts` made of the first samples."""
     with torch.no_grad():
         path = reflow.solve_window(
             teacher_solver(teacher, batch, guidance), batch["z_0"], batch["noise"], batch["tau"][:, 0], windows, steps,
@@ -208,7 +209,8 @@ def loss_of(
 
 @torch.no_grad()
 def own_starts(average: UNet, teacher: StableDiffusion, batch: dict, windows: int, share: float) -> Tensor | None:
-    """For the first samples of a batch, a `share` of it: window starts on the path of the student itself, from noise.
+    """For the first samples of a batch, a `share` of it: window starts on the path of the student itself, from noise and
+    without guidance.
 
     Starts at noised pictures are those of sampling only as far as the paths do lead to such: not with guidance in them,
     and not with what the student has got wrong so far. What the teacher makes of its own points corrects that (as in

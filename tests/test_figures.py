@@ -111,12 +111,13 @@ def test_prompts_alone_are_scored_without_a_frechet_distance(tmp_path):
 
 def test_the_table_shows_pictures_at_each_guidance_but_4_where_it_shows_prompts_alone(tmp_path):
     at = {"model": "proreflow-i", "sampler": "flow", "steps": 4, "split": "test", "one item": 0.5, "two items": 0.25}
-    at["evaluations"] = 8
+    at |= {"evaluations": 8, "prompts": 200}
     rows = [at | {"guidance": 2, "frechet": 7.0, "clip": 50.0}, at | {"guidance": 4, "one item": 0.75}]
     rows.append(at | {"guidance": 3.0, "frechet": 8.0, "clip": 52.0})
     rows.append(at | {"model": "miniature", "guidance": 2, "frechet": 6.0, "clip": 51.0, "split": "validation"})
+    rows.append(at | {"guidance": 3, "prompts": 1000})  # another precision: not beside the others
     figures.write_rows(tmp_path / "rows.json", rows)
-    lines = figures.table(argparse.Namespace(json=tmp_path / "rows.json")).splitlines()
+    lines = figures.table(argparse.Namespace(json=tmp_path / "rows.json", count=200)).splitlines()
     assert lines[2:] == [
         "| proreflow-i | flow | 4 | 2 | 8 | 7.00 | 50.00 | 50.0% | 25.0% | 75.0% | 25.0% | 11.16 |",
         "| proreflow-i | flow | 4 | 3 | 8 | 8.00 | 52.00 | 50.0% | 25.0% |  |  |  |",
@@ -185,6 +186,6 @@ def test_a_student_that_learned_nothing_has_the_errors_of_its_teachers_weights(t
 
 
 def test_the_readme_shows_the_scores_that_were_measured():
-    args = argparse.Namespace(json=figures.README.parent / "docs/results/scores.json")
+    args = argparse.Namespace(json=figures.README.parent / "docs/results/scores.json", count=200)
     shown = figures.README.read_text(encoding="utf-8").split(figures.MARKS[0])[1].split(figures.MARKS[1])[0]
     assert shown == figures.table(args) and "| proreflow-i | flow | 4 |" in shown
