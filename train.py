@@ -209,8 +209,7 @@ def loss_of(
 
 @torch.no_grad()
 def own_starts(average: UNet, teacher: StableDiffusion, batch: dict, windows: int, share: float) -> Tensor | None:
-    """For the first samples of a batch, a `share` of it: window starts on the path of the student itself, from noise and
-    without guidance.
+    """For the first samples of a batch, a `share` of it: starts of their windows on the student's own path from noise.
 
     Starts at noised pictures are those of sampling only as far as the paths do lead to such: not with guidance in them,
     and not with what the student has got wrong so far. What the teacher makes of its own points corrects that (as in
