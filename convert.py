@@ -302,9 +302,7 @@ def main() -> None:
             sd.save(args.out)
     print(f"wrote {args.out}")
     if sd.windows and args.out.endswith(".safetensors"):
-        print(
-            f"it does not say that it is a flow of {sd.windows} windows, {sd.prediction_type}: tell the tool that does"
-        )
+        print(f"it does not say that it is a flow of {sd.windows} windows, {sd.prediction_type}; its user has to know")
 
 
 if __name__ == "__main__":

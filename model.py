@@ -207,13 +207,14 @@ class StableDiffusion:
         for name, network in self.networks.items():
             network_class, config_class, _ = NETWORKS[name]
             official = checkpoint.read_config(config_class, convert.OFFICIAL[family][name], name)
-            shapes = {
-                key: weight.shape for key, weight in checkpoint.build(network_class, official).state_dict().items()
-            }
-            if shapes != {key: weight.shape for key, weight in network.state_dict().items()}:
+            if shapes(checkpoint.build(network_class, official)) != shapes(network):
                 raise InputError(f"{path}: the {name} is none of {family}; a single file cannot tell what it is")
             tensors |= convert.as_single_file(family, name, network.state_dict())
         return tensors
+
+
+def shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {key: weight.shape for key, weight in network.state_dict().items()}
 
 
 def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -342,9 +343,7 @@ def add_delta(sd: StableDiffusion, file: str | Path, windows: int, prediction_ty
 def save_delta(flow: StableDiffusion, base: StableDiffusion, file: str | Path) -> None:
     """Write the difference of two UNets, as `add_delta` and PeRFlow's tools read it: added to another model with the
     base's architecture, it makes a flow of that one. In the flow's dtype. Raises InputError."""
+    if shapes(flow.unet) != shapes(base.unet):
+        raise InputError(f"{file}: the two UNets are not built alike; name the model that the flow was made of")
     ours, theirs = flow.unet.state_dict(), base.unet.state_dict()
-    if {key: w.shape for key, w in ours.items()} != {key: w.shape for key, w in theirs.items()}:
-        raise InputError(
-            f"{file}: the two UNets are not built alike; a difference needs the model that the flow was made of"
-        )
     write_file(Path(file), {key: (w.float() - theirs[key].float()).to(w.dtype) for key, w in ours.items()})
