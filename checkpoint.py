@@ -192,13 +192,18 @@ def first(names: list[str], count: int = 3) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file that other libraries read, too. Not atomic: write aside, then move it into its place."""
+    """Write a safetensors file that other libraries read, too. It appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # transformers reads a weight file only if its metadata says which framework wrote it
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)  # the library makes files that only their owner can read
+    aside = path.with_name(path.name + ".partial")
+    try:
+        # transformers reads a weight file only if its metadata says which framework wrote it
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, {"format": "pt"})
+        umask = os.umask(0)
+        os.umask(umask)
+        aside.chmod(0o666 & ~umask)  # the library makes files that only their owner can read
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:

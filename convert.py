@@ -175,10 +175,10 @@ def sources_in_single_file(
 
 def as_single_file(family: str, component: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The way back: a component's tensors under their names in a single file, and in the form that they have there."""
+    ways_back = {as_linear: lambda tensor: tensor[:, :, None, None], transposed: transposed}
     stored: dict[str, list[tuple[str, Tensor]]] = {}
     for key, (name, view) in sources_in_single_file(family, component, tensors).items():
-        back = {as_linear: lambda tensor: tensor[:, :, None, None], transposed: transposed}.get(view, as_stored)
-        stored.setdefault(name, []).append((key, back(tensors[key])))
+        stored.setdefault(name, []).append((key, ways_back.get(view, as_stored)(tensors[key])))
 
     def place(part: tuple[str, Tensor]) -> int:  # queries, keys and values are one matrix, in this order
         match = re.search(r"\.([qkv])_proj\.", part[0])

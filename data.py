@@ -306,8 +306,7 @@ def write_latents(
     tensors = {"mean": mean.half(), "log_variance": log_variance.half(), "captions": torch.from_numpy(padded)}
     if time_ids is not None:
         tensors["time_ids"] = time_ids
-    checkpoint.write_tensors(file.with_suffix(".partial"), tensors)
-    file.with_suffix(".partial").replace(file)
+    checkpoint.write_tensors(file, tensors)
 
 
 def cache(vae: VAE, source: Dataset, count: int, folder: Path, shard: int = 5000, workers: int = 0) -> None:

@@ -218,15 +218,10 @@ def shapes(network: nn.Module) -> dict[str, torch.Size]:
 
 
 def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
     try:
-        checkpoint.write_tensors(aside, tensors)
-        aside.replace(path)
+        checkpoint.write_tensors(path, tensors)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_folder(path: Path, dtype: torch.dtype | None) -> tuple[dict[str, dict], dict[str, dict[str, Path]]]:

@@ -79,11 +79,11 @@ def test_captions_may_all_be_empty(tmp_path):
 def test_a_file_of_latents_appears_whole_or_not_at_all(latents, monkeypatch):
     folder, mean, log_variance = latents
 
-    def fail_midway(file, tensors):
+    def fail_midway(tensors, file, metadata):
         file.write_bytes(b"half of it")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(data.checkpoint, "write_tensors", fail_midway)
+    monkeypatch.setattr(data.checkpoint, "save_file", fail_midway)
     with pytest.raises(OSError, match="No space left"):
         data.write_latents(folder / "a.safetensors", 2 * mean, log_variance, CAPTIONS)
     assert torch.equal(data.Latents(folder)[0]["mean"], mean[0].half().float())
