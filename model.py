@@ -208,7 +208,8 @@ class StableDiffusion:
             network_class, config_class, _ = NETWORKS[name]
             official = checkpoint.read_config(config_class, convert.OFFICIAL[family][name], name)
             if shapes(checkpoint.build(network_class, official)) != shapes(network):
-                raise InputError(f"{path}: the {name} is none of {family}; a single file cannot tell what it is: keep the folder")
+                reason = f"the {name} is none of {family}; a single file cannot tell what it is"
+                raise InputError(f"{path}: {reason}: keep the folder")
             tensors |= convert.as_single_file(family, name, network.state_dict())
         return tensors
 
