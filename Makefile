@@ -5,7 +5,7 @@ TRAIN = $(BIN)/python train.py --data out/latents --resume
 
 .PHONY: demo test lint parity bench walkthrough miniature train guided experiments clean
 
-demo: .venv/ready  ## pictures from prompts, in out/demo/sheet.png
+demo: .venv/ready  ## images from prompts, in out/demo/sheet.png
 	$(BIN)/python sample.py --prompts docs/demo_prompts.txt --steps 4 --out out/demo
 
 test: .venv/ready-dev lint  ## all tests, in two processes of one thread each: two thirds of the time of one of two

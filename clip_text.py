@@ -139,7 +139,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 def embedding(count: int, width: int) -> nn.Embedding:
-    """Vectors of zeros, to be loaded, or drawn by who trains them. Drawing them here would make `checkpoint.build`,
+    """Vectors of zeros, to be loaded, or drawn by who trains them. Drawing them here would make `build`,
     whose networks have no memory yet, import torch._dynamo: a third of the time that a program takes to start."""
     return nn.Embedding.from_pretrained(torch.zeros(count, width), freeze=False)
 

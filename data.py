@@ -1,27 +1,22 @@
-"""Captioned pictures to train on, in an order that depends on a seed and nothing else.
+"""Captioned images to train on, in an order that depends on a seed and nothing else.
 
-Training sees sample number 0, 1, 2, ... without end. Which picture that is, and all the chance that goes with it,
+Training sees sample number 0, 1, 2, ... without end. Which image that is, and all the chance that goes with it,
 follows from (seed, number) alone: not from the number of processes, nor from how often the run was interrupted. So the
 number of samples seen is all that a checkpoint has to remember, and two processes train on what one would have.
 
-A source is a `Dataset` of pictures (3, H, W) in [-1, 1], or of latents, each with its caption: drawn scenes, a folder
-of pictures, tar shards, or latents, which are made once:
+A source is a `Dataset` of images (3, H, W) in [-1, 1], or of latents, each with its caption: drawn scenes, a folder
+of images, tar shards, or latents, which are made once:
 
-    python data.py cache --out out/latents                                 of drawn scenes, by the miniature's VAE
-    torchrun --nproc-per-node 8 data.py cache --model DIR --data DIR       of pictures, by 8 processes
+    python -m tools.cache --out out/latents                                      of drawn scenes
+    torchrun --nproc-per-node 8 -m tools.cache --model DIR --data DIR --out DIR  of images, by 8 processes
 
 Read `train.py` next.
 """
 
-import argparse
-import glob
 import io
 import json
-import os
-import re
 import signal
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +24,19 @@ import torch
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import checkpoint
-import sample
-import scenes
-from checkpoint import InputError
-from model import StableDiffusion
-from vae import VAE
+import reflow
+from support import scenes
+from support.captions import read_index
+from support.devices import rank_and_world
+from support.errors import InputError
+from support.files import write_tensors
+from support.images import SUFFIXES, on_white
+from support.shards import read_table, shard_files
+from support.streams import CROP, NOISE, ORDER, POSTERIOR, TIME, UNCOND, stream
+from support.weights import tensor_names
 
 
 class Scenes(Dataset):
@@ -54,18 +53,17 @@ class Scenes(Dataset):
         return {"image": torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1, "caption": caption}
 
 
-class Pictures(Dataset):
-    """Captioned pictures of any kind and size; a subclass knows where they are: `__len__`, `name_of` and `find`.
+class Images(Dataset):
+    """Captioned images of any kind and size; a subclass knows where they are: `__len__`, `name_of` and `find`.
 
     Each is turned upright (EXIF), made RGB (over white, where it is transparent), resized to `size` along its shorter
     side and cropped to a square: in the middle, or with `augment` at a random place, and mirrored half of the time.
     time_ids (6,) are SDXL's: height and width before that, top and left of the crop, height and width after.
-    A picture that cannot be read, or has no caption, is named on stderr, and the next one takes its place; left_out
+    An image that cannot be read, or has no caption, is named on stderr, and the next one takes its place; left_out
     is how many that were. InputError when they are more than 5% of all (and more than 10).
     """
 
     endless = False
-    SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
     def __init__(self, size: int, augment: bool):
         self.size, self.augment, self.bad = size, augment, set()
@@ -74,7 +72,7 @@ class Pictures(Dataset):
         return self.item(i, None)
 
     def item(self, i: int, rng: np.random.Generator | None) -> dict:
-        """Picture i, cropped and mirrored by chance with `augment`."""
+        """Image i, cropped and mirrored by chance with `augment`."""
         place = rng.random(3) if self.augment else (0.5, 0.5, 1.0)
         known = len(self.bad)
         for at in (j % len(self) for j in range(i, i + len(self))):
@@ -88,7 +86,7 @@ class Pictures(Dataset):
             if len(self.bad) > max(10, 0.05 * len(self)):
                 break
         raise InputError(
-            f"{len(self.bad)} of {len(self)} pictures cannot be used, the last {self.name_of(at)}; see above"
+            f"{len(self.bad)} of {len(self)} images cannot be used, the last {self.name_of(at)}; see above"
         )
 
     def read(self, i: int, down: float, right: float, mirror: float) -> dict:
@@ -96,13 +94,13 @@ class Pictures(Dataset):
         caption = " ".join(caption.split())
         if not caption:
             raise ValueError("its caption is empty")
-        with Image.open(file) as picture:
-            picture = sample.on_white(ImageOps.exif_transpose(picture))
-        width, height = picture.size
+        with Image.open(file) as image:
+            image = on_white(ImageOps.exif_transpose(image))
+        width, height = image.size
         scale = self.size / min(width, height)
-        picture = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
-        top, left = round(down * (picture.height - self.size)), round(right * (picture.width - self.size))
-        pixels = np.array(picture.crop((left, top, left + self.size, top + self.size)))
+        image = image.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
+        top, left = round(down * (image.height - self.size)), round(right * (image.width - self.size))
+        pixels = np.array(image.crop((left, top, left + self.size, top + self.size)))
         if mirror < 0.5:
             pixels = pixels[:, ::-1].copy()
         return {
@@ -112,8 +110,8 @@ class Pictures(Dataset):
         }
 
 
-class Folder(Pictures):
-    """A folder tree of pictures, with captions in text files of the same names, or all in one `metadata.jsonl` whose
+class Folder(Images):
+    """A folder tree of images, with captions in text files of the same names, or all in one `metadata.jsonl` whose
     lines have `file_name` and `text`."""
 
     def __init__(self, folder: Path, size: int, augment: bool = False):
@@ -123,10 +121,10 @@ class Folder(Pictures):
         if index.exists():
             self.files, self.captions = read_index(index)
         else:
-            self.files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in self.SUFFIXES)
+            self.files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
             self.captions = None  # read when needed: opening a million text files first takes long
         if not self.files:
-            raise InputError(f"{folder} holds neither latents nor captioned pictures; check the path")
+            raise InputError(f"{folder} holds neither latents nor captioned images; check the path")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -139,21 +137,9 @@ class Folder(Pictures):
         return self.files[i], caption, None
 
 
-def read_index(index: Path) -> tuple[list[Path], list[str]]:
-    files, captions = [], []
-    for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            files.append(index.parent / entry["file_name"])
-            captions.append(entry["text"] + "")
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{index}, line {number}: not a JSON object with file_name and text") from None
-    return files, captions
-
-
-class Shards(Pictures):
+class Shards(Images):
     """Tar files as img2dataset writes them: for every sample KEY.jpg, its caption in KEY.txt or else in KEY.json, and
-    there the size that the picture had before it was shrunk for the shard.
+    there the size that the image had before it was shrunk for the shard.
 
     `where`: a folder of tar files, a text file that lists them, or a pattern, "laion/{00000..00059}.tar" or
     "laion/*.tar". At the start only the headers in the tars are read. A tar that was cut short is named on stderr and
@@ -164,7 +150,7 @@ class Shards(Pictures):
         super().__init__(size, augment)
         self.name, self.buffer = f"{where}, {size} pixels", buffer
         self.files, tables, damaged = shard_files(where), [], []
-        quiet = sample.processes()[0] > 0
+        quiet = rank_and_world()[0] > 0
         for file in tqdm(self.files, desc="reading the shards' tables", leave=False, disable=quiet):
             table, error = read_table(file)
             tables.append(table)
@@ -180,7 +166,7 @@ class Shards(Pictures):
         self.table = np.concatenate(tables)
         self.ends = np.cumsum([len(table) for table in tables])
         if not len(self.table):
-            raise InputError(f"{where} holds no pictures; shards have KEY.jpg and KEY.txt for every sample")
+            raise InputError(f"{where} holds no images; shards have KEY.jpg and KEY.txt for every sample")
 
     def __len__(self) -> int:
         return len(self.table)
@@ -200,12 +186,12 @@ class Shards(Pictures):
         file = self.file_of(i)
         at = int(self.table[i, 0])
         with open(file, "rb") as tar:
-            tar.seek(at - 512)  # the header in front of the picture begins with its name
+            tar.seek(at - 512)  # the header in front of the image begins with its name
             return f"{file}: {tar.read(100).rstrip(bytes(1)).decode(errors='replace')}"
 
     def find(self, i: int) -> tuple[io.BytesIO, str, tuple[int, int] | None]:
         with open(self.file_of(i), "rb") as tar:
-            picture, text, facts = (
+            image, text, facts = (
                 tar.seek(at) and tar.read(size) if at else None for at, size in self.table[i].reshape(3, 2).tolist()
             )
         facts = json.loads(facts) if facts else {}
@@ -213,51 +199,13 @@ class Shards(Pictures):
             raise ValueError("its JSON file holds no object")
         caption = text.decode() if text is not None else str(facts.get("caption") or "")
         size = facts.get("original_height"), facts.get("original_width")
-        return io.BytesIO(picture), caption, size if all(isinstance(n, int) for n in size) else None
-
-
-def shard_files(where: Path) -> list[Path]:
-    """The tar files that a folder, a list or a pattern means, all of which exist."""
-    if where.is_dir():
-        files = sorted(where.glob("*.tar"))
-    elif where.suffix == ".txt" and where.is_file():
-        files = [where.parent / line.strip() for line in where.read_text().splitlines() if line.strip()]
-    elif span := re.search(r"\{(\d+)\.\.(\d+)\}", str(where)):
-        first, last = span.groups()
-        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-        files = [Path(str(where).replace(span.group(), n)) for n in numbers]
-    else:
-        files = [Path(file) for file in sorted(glob.glob(str(where)))]
-    missing = [file for file in files if not file.is_file()]
-    if missing or not files:
-        raise InputError(f"{missing[0] if missing else where} does not exist; check the path")
-    return files
-
-
-def read_table(file: Path) -> tuple[np.ndarray, object]:
-    """(samples, 6) int64: where picture, text and facts of every sample begin and how long they are, 0 if there is no
-    such; and what ended the reading too soon."""
-    samples, error = {}, None
-    try:
-        with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                key, _, kind = member.name.rpartition(".")
-                column = 0 if f".{kind.lower()}" in Pictures.SUFFIXES else {"txt": 2, "json": 4}.get(kind)
-                if member.isreg() and column is not None:
-                    row = samples.setdefault(key, [0] * 6)
-                    row[column : column + 2] = member.offset_data, member.size
-            if tar.offset + 512 > file.stat().st_size:  # tarfile takes a cut between two members for the end
-                error = "it has no end"
-    except (OSError, tarfile.TarError) as reason:
-        error = reason
-    rows = [row for row in samples.values() if row[0]]
-    return np.array(rows, np.int64).reshape(-1, 6), error
+        return io.BytesIO(image), caption, size if all(isinstance(n, int) for n in size) else None
 
 
 class Latents(Dataset):
-    """Pictures encoded beforehand: files with `mean` and `log_variance` (N, 4, h, w) of the VAE's distribution, not yet
+    """Images encoded beforehand: files with `mean` and `log_variance` (N, 4, h, w) of the VAE's distribution, not yet
     scaled, the captions, each as a row of UTF-8 bytes in `captions` (N, L), filled up with zeros, and where they are
-    known the picture sizes, `time_ids` (N, 6)."""
+    known the image sizes, `time_ids` (N, 6)."""
 
     endless = False
 
@@ -267,7 +215,7 @@ class Latents(Dataset):
             raise InputError(f"{folder} holds no latents (*.safetensors); check the path")
         self.parts = []
         for file in self.files:
-            missing = {"mean", "log_variance", "captions"} - set(checkpoint.tensor_names(file))
+            missing = {"mean", "log_variance", "captions"} - set(tensor_names(file))
             if missing:
                 raise InputError(f"{file} holds no latents: {', '.join(sorted(missing))} missing")
             with safe_open(file, framework="pt") as tensors:
@@ -285,7 +233,7 @@ class Latents(Dataset):
 
 
 def open_source(where: Path | None, size: int, augment: bool = False) -> Dataset:
-    """What is there: cached latents, tar shards, or a folder of pictures; drawn scenes if nothing is named."""
+    """What is there: cached latents, tar shards, or a folder of images; drawn scenes if nothing is named."""
     if where is None:
         return Scenes(seed=0)
     if where.is_dir() and any(where.glob("*.safetensors")):
@@ -306,96 +254,49 @@ def write_latents(
     tensors = {"mean": mean.half(), "log_variance": log_variance.half(), "captions": torch.from_numpy(padded)}
     if time_ids is not None:
         tensors["time_ids"] = time_ids
-    checkpoint.write_tensors(file, tensors)
-
-
-def cache(vae: VAE, source: Dataset, count: int, folder: Path, shard: int = 5000, workers: int = 0) -> None:
-    """Encode the first `count` pictures into `folder`, one file for every `shard` of them.
-
-    What is there already is not made again; under torchrun each process makes its share. Raises InputError where the
-    folder holds something else: latents of another VAE, or of another number.
-    """
-    sample.make_folder(folder)
-    made_of = {"vae": fingerprint(vae), "count": count, "shard": shard, "source": source.name}
-    if (folder / "made_of.json").exists():
-        before = checkpoint.read_json(folder / "made_of.json")
-        if before != made_of:
-            raise InputError(f"{folder} holds other latents ({before}, not {made_of}); choose another --out")
-    elif any(folder.glob("*.safetensors")):
-        raise InputError(f"{folder} holds latents that do not say of what; choose another --out")
-    rank, world = sample.processes()
-    weight = vae.encoder.conv_in.weight
-    shards = range(rank, -(-count // shard), world)
-    files = {k: folder / f"{k:05d}.safetensors" for k in shards}
-    todo = [k for k in shards if not files[k].exists()]
-    aside = folder / f"made_of-{rank}.partial"
-    checkpoint.write_json(aside, made_of)
-    os.replace(aside, folder / "made_of.json")
-    total = sum(min(shard, count - k * shard) for k in todo)
-    with tqdm(total=total, desc="encoding", disable=rank > 0) as bar:
-        for k in todo:
-            numbers = range(k * shard, min((k + 1) * shard, count))
-            parts, captions, sizes = [], [], []
-            for batch in DataLoader(Subset(source, numbers), batch_size=50, num_workers=workers):
-                with torch.no_grad():
-                    parts.append([part.cpu() for part in vae.encode(batch["image"].to(weight))])
-                captions += batch["caption"]
-                sizes += [batch["time_ids"]] if "time_ids" in batch else []
-                bar.update(len(batch["caption"]))
-            mean, log_variance = (torch.cat(part) for part in zip(*parts))
-            write_latents(files[k], mean, log_variance, captions, torch.cat(sizes) if sizes else None)
-
-
-def fingerprint(vae: VAE) -> str:
-    return sample.fingerprint(vae.encoder.conv_in.weight, vae.quant_conv.weight)
+    write_tensors(file, tensors)
 
 
 class Samples(Dataset):
-    """Sample number n of a training run: an item of the source, and the draws that training makes for it.
+    """Sample number n of a stage: an item of the source, and the random draws that training makes for it.
 
-    noise (4, h, w) starts its path; posterior (4, h, w) draws its latent from the VAE's distribution; tau (points,)
-    lie in one window of the path, the first uniform in 1..1000, and each, with the probability `starts`, is moved to
-    the window's start; dropped says that its caption is left out.
+    noise (4, h, w) is where its trajectory starts; posterior (4, h, w) draws its latent from the VAE's distribution;
+    tau is uniform in 1..1000, or with probability `starts` moved to the start of its window; uncond says that its
+    caption is dropped. Each has its own stream, keyed by the stage's number of windows, too (`support/streams.py`).
     """
 
-    def __init__(
-        self,
-        source: Dataset,
-        seed: int,
-        latent_shape: tuple[int, ...],
-        windows: list[int],
-        points: int,
-        starts: float = 0.0,
-    ):
-        self.source, self.seed, self.shape, self.points, self.starts = source, seed, latent_shape, points, starts
-        self.borders = np.array(windows[::-1])
+    def __init__(self, source: Dataset, seed: int, latent_shape: tuple[int, ...], windows: int, starts: float = 0.0):
+        self.source, self.seed, self.shape, self.windows, self.starts = source, seed, latent_shape, windows, starts
+        self.rising = np.array(reflow.boundaries(windows)[::-1])
         self.epoch, self.order = None, None
 
-    def item(self, n: int, rng: np.random.Generator) -> dict:
+    def item(self, n: int) -> dict:
         if self.source.endless:
             return self.source[n]
         epoch, place = divmod(n, len(self.source))
-        if epoch != self.epoch:  # every picture once before any comes again, each time in another order
+        if epoch != self.epoch:  # every image once before any comes again, each time in another order
             self.epoch = epoch
-            shuffle = np.random.default_rng((self.seed, epoch, 1))
+            shuffle = stream(ORDER, self.seed, epoch, self.windows)
             shards = isinstance(self.source, Shards)
             self.order = self.source.order(shuffle) if shards else shuffle.permutation(len(self.source))
         i = int(self.order[place])
-        return self.source.item(i, rng) if isinstance(self.source, Pictures) else self.source[i]
+        if isinstance(self.source, Images):
+            return self.source.item(i, stream(CROP, self.seed, n, self.windows))
+        return self.source[i]
 
     def __getitem__(self, n: int) -> dict:
-        rng = np.random.default_rng((self.seed, n))
-        first = rng.integers(1, self.borders[-1] + 1)
-        k = np.searchsorted(self.borders, first)
-        others = rng.integers(self.borders[k - 1] + 1, self.borders[k] + 1, self.points - 1)
-        draws = {
-            "tau": torch.from_numpy(np.append(first, others)),
-            "noise": torch.from_numpy(rng.standard_normal(self.shape, np.float32)),
-            "posterior": torch.from_numpy(rng.standard_normal(self.shape, np.float32)),
-            "dropped": bool(rng.random() < 0.1),
+        time, noise, posterior, uncond = (
+            stream(purpose, self.seed, n, self.windows) for purpose in (TIME, NOISE, POSTERIOR, UNCOND)
+        )
+        tau = time.integers(1, reflow.NOISE + 1)
+        if time.random() < self.starts:
+            tau = self.rising[np.searchsorted(self.rising, tau)]
+        return self.item(n) | {
+            "tau": int(tau),
+            "noise": torch.from_numpy(noise.standard_normal(self.shape, np.float32)),
+            "posterior": torch.from_numpy(posterior.standard_normal(self.shape, np.float32)),
+            "uncond": bool(uncond.random() < 0.1),
         }
-        draws["tau"][torch.from_numpy(rng.random(self.points) < self.starts)] = int(self.borders[k])
-        return self.item(n, rng) | draws
 
 
 def batches(samples: Samples, first: int, count: int, size: int, rank: int, world: int, workers: int) -> DataLoader:
@@ -414,30 +315,3 @@ def batches(samples: Samples, first: int, count: int, size: int, rank: int, worl
 def leave_signals_alone(worker: int) -> None:
     for which in (signal.SIGINT, signal.SIGTERM):  # they reach the whole job; ending it is the trainer's affair
         signal.signal(which, signal.SIG_IGN)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["cache"], help="cache: encode pictures once, for train.py --data")
-    parser.add_argument("--model", type=Path, default=sample.MINIATURE, help="whose VAE encodes")
-    parser.add_argument("--out", type=Path, default=Path("out/latents"), help="folder of the latents")
-    parser.add_argument("--data", type=Path, help="folder of captioned pictures, or tar shards; default: drawn scenes")
-    parser.add_argument("--size", type=int, help="height and width in pixels; default: the model's")
-    parser.add_argument("--count", type=int, help="how many pictures; default: all of the folder, 100,000 scenes")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn scenes")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make pictures")
-    args = parser.parse_args()
-    with checkpoint.one_line_errors(parser, "stopped; the same command goes on where it was"):
-        sd = StableDiffusion.load(args.model, "cpu", None)
-        source = open_source(args.data, sample.check_size(sd, args.size)) if args.data else Scenes(args.seed)
-        if isinstance(source, Latents):
-            raise InputError(f"{args.data} holds latents already")
-        most = len(source) if args.data else sys.maxsize
-        count = args.count or (most if args.data else 100_000)
-        if not 0 < count <= most or args.count == 0:
-            raise InputError(f"--count must be from 1 to {most}, not {args.count}")
-        cache(sd.vae.to(sample.choose_device(None), torch.float32), source, count, args.out, workers=args.workers)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,12 @@
-"""FID: how far apart two sets of pictures are in the eyes of a network (Heusel et al. 2017, "GANs Trained by a Two
-Time-Scale Update Rule"). The lower the better, and never to be compared across modes, networks or numbers of pictures.
+"""FID: how far apart two sets of images are in the eyes of a network (Heusel et al. 2017, "GANs Trained by a Two
+Time-Scale Update Rule"). The lower the better, and never to be compared across modes, networks or numbers of images.
 
-    python fid.py REFERENCE GENERATED --protocol coco2014-30k         folders of pictures, or .npz statistics
+    python fid.py REFERENCE GENERATED --protocol coco2014-30k         folders of images, or .npz statistics
     torchrun --nproc-per-node 8 fid.py REFERENCE --save-stats F.npz   statistics of a reference, once and for all
     python fid.py REFERENCE GENERATED --clip weights/miniature-clip   in CLIP's eyes: needs no other file
 
 From top to bottom: what a network is shown, the statistics of its features, their distance. The network itself is in
-`inception.py`. Read `clip_score.py` next, which asks whether a picture shows what its caption says.
+`inception.py`. Read `clip_score.py` next, which asks whether an image shows what its caption says.
 
 Shapes: B batch, C channels, H W, D features (2048 of Inception).
 """
@@ -29,20 +29,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import sample
-from checkpoint import InputError, one_line_errors
-from inception import PUBLISHED, Inception
+from support.devices import choose_device, rank_and_world
+from support.errors import InputError, one_line_errors
+from support.files import fingerprint, make_folder
+from support.images import settings_of_png
+from support.inception import PUBLISHED, Inception
 
 WEIGHTS = Path(__file__).parent / "weights" / Path(PUBLISHED).name
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 # ---- What the network is shown ---------------------------------------------------------------------------------------
-# Here published FIDs of the same pictures differ by more than the methods they compare.
+# Here published FIDs of the same images differ by more than the methods they compare.
 
 
-def read_picture(file: Path) -> Image.Image:
-    """Any picture as RGB. As in the common tools, transparency is dropped and no EXIF rotation applied."""
+def read_image(file: Path) -> Image.Image:
+    """Any image as RGB. As in the common tools, transparency is dropped and no EXIF rotation applied."""
     with Image.open(file) as image:
         if image.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255 instead of scaling them
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -66,7 +68,7 @@ def center(image: Image.Image, side: int) -> Image.Image:
 
 
 def clean(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, 299, 299) as in Parmar et al. 2022, "On Aliased Resizing": PIL's bicubic, which averages what
+    """RGB image -> (3, 299, 299) as in Parmar et al. 2022, "On Aliased Resizing": PIL's bicubic, which averages what
     it shrinks, on each channel in float32, with neither rounding nor clipping.
 
     Their network sees (x - 128) / 128 of pixels 0..255; ours sees 2 y - 1, so that y = x / 256.
@@ -77,7 +79,7 @@ def clean(image: Image.Image) -> Tensor:
 
 
 def legacy(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, 299, 299) in [0, 1] as most papers before 2022: bilinear without antialiasing."""
+    """RGB image -> (3, 299, 299) in [0, 1] as most papers before 2022: bilinear without antialiasing."""
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     return F.interpolate(x[None], (299, 299), mode="bilinear", align_corners=False, antialias=False)[0]
 
@@ -87,11 +89,11 @@ MODES = {"clean": clean, "legacy": legacy}
 
 @dataclass
 class Protocol:
-    """How a paper computes its FID: the resize mode, what is done to both sets of pictures before, and how many."""
+    """How a paper computes its FID: the resize mode, what is done to both sets of images before, and how many."""
 
     mode: str
     crop: Callable[[Image.Image], Image.Image] | None = None
-    count: int | None = None  # of generated pictures
+    count: int | None = None  # of generated images
 
 
 PROTOCOLS = {
@@ -104,7 +106,7 @@ PROTOCOLS = {
 
 @dataclass
 class Network:
-    """What looks at pictures. `to_input` runs where pictures are read, in other processes."""
+    """What looks at images. `to_input` runs where images are read, in other processes."""
 
     name: str  # all that the numbers depend on: they are compared only with numbers of the same name
     size: int  # D
@@ -114,12 +116,12 @@ class Network:
 
 def inception_network(weights: Path, mode: str, device: str) -> Network:
     network = Inception().load(weights).to(device)
-    which = sample.fingerprint(network.Conv2d_1a_3x3.conv.weight, network.fc.weight)
+    which = fingerprint(network.Conv2d_1a_3x3.conv.weight, network.fc.weight)
     return Network(f"mode {mode}, network FID Inception {which}", 2048, MODES[mode], lambda x: network(x.to(device)))
 
 
 def clip_network(folder: Path, device: str) -> Network:
-    from clip_score import ClipScore  # only here: the FID network needs nothing of CLIP
+    from evaluation.clip_score import ClipScore  # only here: the FID network needs nothing of CLIP
 
     clip = ClipScore.load(folder, device)
     size = clip.vision.cfg.projection_dim
@@ -127,7 +129,7 @@ def clip_network(folder: Path, device: str) -> Network:
 
 
 # ---- Statistics ------------------------------------------------------------------------------------------------------
-# Features are summed up as they come, so that a million pictures need no more memory than ten.
+# Features are summed up as they come, so that a million images need no more memory than ten.
 
 
 @dataclass
@@ -161,7 +163,7 @@ def load_statistics(file: Path) -> Statistics:
     return Statistics(mu, sigma, count or None, name or "")
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     """Item i is (input of the network, None), or (None, what is wrong with the file)."""
 
     def __init__(self, files: list[Path], crop: Callable | None, to_input: Callable):
@@ -172,7 +174,7 @@ class Pictures(Dataset):
 
     def __getitem__(self, i: int) -> tuple:
         try:
-            image = read_picture(self.files[i])
+            image = read_image(self.files[i])
         except Exception as error:  # PIL's readers raise whatever a broken file makes them stumble over
             return None, f"{self.files[i]} ({error})"
         return self.to_input(self.crop(image) if self.crop else image), None
@@ -185,27 +187,27 @@ def collate(items: list[tuple]) -> tuple:
     return torch.stack(inputs) if inputs and isinstance(inputs[0], Tensor) else inputs, problems
 
 
-def find_pictures(folder: Path) -> list[Path]:
-    """All pictures in a folder and the folders in it, but for sample.py's overview of the others."""
+def find_images(folder: Path) -> list[Path]:
+    """All images in a folder and the folders in it, but for sample.py's overview of the others."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is neither a folder of pictures nor an .npz file of statistics; check the path")
+        raise InputError(f"{folder} is neither a folder of images nor an .npz file of statistics; check the path")
     files = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.name != "sheet.png")
     return sorted(file for file in files if not file.name.startswith("."))
 
 
 @torch.no_grad()
 def statistics(folder: Path, network: Network, crop: Callable | None, batch_size: int, workers: int) -> Statistics:
-    """Mean and covariance of the features of all pictures in a folder. Under torchrun, each process takes its share.
+    """Mean and covariance of the features of all images in a folder. Under torchrun, each process takes its share.
 
     Raises InputError if more than one in a hundred cannot be read (one always may), or fewer than 2 are left.
     """
-    rank, world = sample.processes()
-    files = find_pictures(folder)
-    pictures = Pictures(files[rank::world], crop, network.to_input)
+    rank, world = rank_and_world()
+    files = find_images(folder)
+    images = Images(files[rank::world], crop, network.to_input)
     # With a 1 after the features x, the sum of the outer products holds all: sum x x^T, sum x, and the count. In
     # float64, because the covariance is a small difference of large sums.
     sums = torch.zeros(network.size + 1, network.size + 1, dtype=torch.float64)
-    batches = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=collate)
+    batches = DataLoader(images, batch_size, num_workers=workers, collate_fn=collate)
     for inputs, problems in tqdm(batches, desc=f"{folder}, batches of {batch_size}", disable=rank > 0):
         for problem in problems:
             tqdm.write(f"skipped, cannot be read: {problem}", file=sys.stderr)
@@ -217,9 +219,9 @@ def statistics(folder: Path, network: Network, crop: Callable | None, batch_size
     sums = sums.numpy()
     count = int(sums[-1, -1])
     if len(files) - count > max(1, len(files) // 100):
-        raise InputError(f"{folder}: {len(files) - count} of {len(files)} pictures cannot be read; too many to go on")
+        raise InputError(f"{folder}: {len(files) - count} of {len(files)} images cannot be read; too many to go on")
     if count < 2:
-        raise InputError(f"{folder} has {count} readable pictures; a covariance needs 2, and a good FID thousands")
+        raise InputError(f"{folder} has {count} readable images; a covariance needs 2, and a good FID thousands")
     mu = sums[:-1, -1] / count
     if not np.isfinite(sums).all():
         raise InputError(f"{folder}: the features are not finite; are the network's weights damaged?")
@@ -234,7 +236,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
     With C1 = A A^T, C1 C2 has the eigenvalues of the symmetric A^T C2 A, all real and none negative. With C2 = B B^T,
     their square roots are the singular values of A^T B. Neither needs a matrix root, which is slow, and complex where
-    rounding makes a zero eigenvalue negative: always, for fewer pictures than features. And the singular values are
+    rounding makes a zero eigenvalue negative: always, for fewer images than features. And the singular values are
     exact to 1e-16 of the largest one, but the root of a zero eigenvalue that is 1e-16 off is 1e-8.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(x, dtype=np.float64) for x in (mu1, sigma1, mu2, sigma2))
@@ -259,21 +261,21 @@ def root(sigma: np.ndarray) -> np.ndarray:
 
 def compare(where: str, size: int, name: str, other_where: str, other_size: int, other_name: str) -> None:
     if size != other_size:
-        raise InputError(f"{where} has {size} features a picture, {other_where} {other_size}: of two networks?")
+        raise InputError(f"{where} has {size} features an image, {other_where} {other_size}: of two networks?")
     if name and other_name and name != other_name:
         raise InputError(f"{where} ({name}) and {other_where} ({other_name}) were not made alike: no comparing them")
 
 
 def describe(source: Path, statistics: Statistics) -> str:
-    """How many pictures, and what is known of how they were made: sample.py makes all in a folder alike."""
-    made = {} if source.suffix == ".npz" else sample.settings_of_png(find_pictures(source)[0])
+    """How many images, and what is known of how they were made: sample.py makes all in a folder alike."""
+    made = {} if source.suffix == ".npz" else settings_of_png(find_images(source)[0])
     told = [f"{key} {made[key]}" for key in ("steps", "guidance", "seed") if key in made]
     told += [] if statistics.name else ["of another tool, mode and network unknown"]
     return f"{statistics.count or 'an unknown number'} of {source}" + (f" ({', '.join(told)})" if told else "")
 
 
 def run(args: argparse.Namespace) -> None:
-    rank, world = sample.processes()
+    rank, world = rank_and_world()
     sources = [args.reference] + ([args.generated] if args.generated else [])
     if args.save_stats and args.save_stats.suffix != ".npz" or not (args.save_stats or args.generated):
         raise InputError("give GENERATED to compare with, or --save-stats FILE.npz for the statistics of REFERENCE")
@@ -282,11 +284,11 @@ def run(args: argparse.Namespace) -> None:
     if args.clip and (args.mode or args.weights != WEIGHTS):
         raise InputError("--clip is another network, with a mode of its own: leave out --mode and --weights")
     if args.save_stats:
-        sample.make_folder(args.save_stats.parent)
+        make_folder(args.save_stats.parent)
     known = {source: load_statistics(source) for source in sources if source.suffix == ".npz"}
     protocol = PROTOCOLS[args.protocol]
     if any(source not in known for source in sources):
-        device = sample.choose_device(args.device)
+        device = choose_device(args.device)
         mode = args.mode or protocol.mode
         network = clip_network(args.clip, device) if args.clip else inception_network(args.weights, mode, device)
         network.name += f", protocol {args.protocol}"
@@ -306,24 +308,24 @@ def run(args: argparse.Namespace) -> None:
         reference, generated = found
         compare(str(sources[0]), len(reference.mu), reference.name, str(sources[1]), len(generated.mu), generated.name)
         if protocol.count and generated.count != protocol.count:
-            print(f"notice: {args.protocol} means {protocol.count} generated pictures", file=sys.stderr)
+            print(f"notice: {args.protocol} means {protocol.count} generated images", file=sys.stderr)
         distance = frechet_distance(reference.mu, reference.sigma, generated.mu, generated.sigma)
         name = reference.name or generated.name or "unknown mode and network"
-        pictures = f"reference {describe(sources[0], reference)}, generated {describe(sources[1], generated)}"
-        print(f"{'Frechet distance' if 'CLIP' in name else 'FID'} {distance:z.4f}: {name}; {pictures}")
+        images = f"reference {describe(sources[0], reference)}, generated {describe(sources[1], generated)}"
+        print(f"{'Frechet distance' if 'CLIP' in name else 'FID'} {distance:z.4f}: {name}; {images}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Frechet distance between two sets of pictures (FID).")
-    parser.add_argument("reference", type=Path, help="folder of pictures, or .npz file of their statistics")
+    parser = argparse.ArgumentParser(description="Frechet distance between two sets of images (FID).")
+    parser.add_argument("reference", type=Path, help="folder of images, or .npz file of their statistics")
     parser.add_argument("generated", type=Path, nargs="?", help="the same; may be left out with --save-stats")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help=f"the FID network: {WEIGHTS.name}")
     parser.add_argument("--clip", type=Path, help="compare image features of this CLIP folder instead")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="none", help="crop, resize and mode of a paper's FID")
     parser.add_argument("--mode", choices=MODES, help="resize to 299 pixels; default: the protocol's, or clean")
     parser.add_argument("--save-stats", type=Path, metavar="F.npz", help="write the statistics of the reference here")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures looked at at once")
-    parser.add_argument("--workers", type=int, default=4, help="processes that read pictures")
+    parser.add_argument("--batch-size", type=int, default=32, help="images looked at at once")
+    parser.add_argument("--workers", type=int, default=4, help="processes that read images")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
     with one_line_errors(parser):
         run(parser.parse_args())

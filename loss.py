@@ -5,7 +5,7 @@ A velocity says where to go (direction) and how fast (magnitude). Its squared er
     |a - b|^2  =  (|a| - |b|)^2  +  2 |a| |b| (1 - cos(a, b))
                   magnitude          direction
 
-Noise on the direction hurts pictures far more than equally large noise on the magnitude (figure 1b), but the squared
+Noise on the direction hurts images far more than equally large noise on the magnitude (figure 1b), but the squared
 error weighs both alike. So the paper adds weight to the second part, freed of the magnitudes in front of it:
 
     L = |v_pred - v|^2 + alpha (1 - cos(v_pred, v))

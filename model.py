@@ -1,28 +1,37 @@
-"""Stable Diffusion put together: load and save a model folder, encode prompts, pictures <-> latents, noise schedule.
+"""Stable Diffusion put together: load and save a model folder, encode prompts, images <-> latents, noise schedule.
 
 A model is a folder in the official layout: `model_index.json` and one folder each for `unet`, `vae`, `text_encoder`
 (SDXL: also `text_encoder_2`), `tokenizer` (`tokenizer_2`) and `scheduler`. Diffusion models and the flows that
 `train.py` makes of them differ in the scheduler's settings and in the weights, in nothing else.
 
-Shapes: B batch, L = 77 tokens, D width of the text, H W picture height and width, h w = H/8 W/8 those of the latents.
+Shapes: B batch, L = 77 tokens, D width of the text, H W image height and width, h w = H/8 W/8 those of the latents.
 Read `clip_text.py`, `unet.py` and `vae.py` before this file, `reflow.py` after it.
 """
 
 import copy
-import functools
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-import checkpoint
-import convert
-from checkpoint import InputError
 from clip_text import ClipText, ClipTextConfig, Tokenizer
+from support import layouts
+from support.bands import decode_in_bands
+from support.errors import InputError
+from support.files import PICKLES, read_json, replace_folder, write_json, write_tensors
+from support.weights import assign, build, find_tensors, read_config, tensor_names
 from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig, decode_in_bands
+from vae import VAE, VAEConfig
+
+WEIGHTS = Path(__file__).parent / "weights"
+MINIATURE = WEIGHTS / "miniature"  # a diffusion model
+FLOW = WEIGHTS / "proreflow-i"  # the paper's ProReflow-I, trained from it: 4 windows
+
+Conditions = tuple[Tensor, Tensor | None, Tensor | None]  # context (B, L, D); SDXL: pooled (B, 1280), time_ids (B, 6)
 
 # component: its network, its settings, the name of its weight files
 NETWORKS = {
@@ -59,17 +68,18 @@ class StableDiffusion:
 
     @property
     def prediction_type(self) -> str:
-        """What the UNet predicts: "epsilon" (diffusion), "ddim_eps" or "diff_eps" (flows; see `reflow.py`)."""
+        """What the UNet predicts, in the names of `reflow.ddim_coefficients`: "ddim_eps", the noise of a DDIM step, as
+        diffusion models do, too; or "diff_eps" (PeRFlow's SD1.5)."""
         scheduler = self.configs["scheduler"]
-        return scheduler.get("prediction_type", "ddim_eps" if is_flow(scheduler) else "epsilon")
+        return scheduler.get("prediction_type", "ddim_eps") if is_perflow(scheduler) else "ddim_eps"
 
     @property
     def guidance(self) -> float:
-        """The guidance scale to sample with unless told otherwise: 4, as the paper's, where there is to be any."""
+        """The default guidance scale: 4, as the paper's; 1 for a flow that learned guided trajectories."""
         return self.guidance_or_none(4.0)
 
     def guidance_or_none(self, scale: float) -> float:
-        """`scale`; or 1, which is no guidance, for a flow whose paths hold some (`train.py --teacher-guidance`)."""
+        """`scale`; or 1, which is no guidance, for a flow that learned guided trajectories (`paper/variants.py`)."""
         return 1.0 if "trained_guidance" in self.configs["scheduler"] else scale
 
     @property
@@ -100,7 +110,7 @@ class StableDiffusion:
         return context, pooled
 
     def time_ids(self, batch: int, height: int, width: int) -> Tensor | None:
-        """SDXL's picture sizes (B, 6) for pictures made at height x width, uncropped; None for SD1.5."""
+        """SDXL's image sizes (B, 6) for images made at height x width, uncropped; None for SD1.5."""
         if self.unet.cfg.addition_embed_type is None:
             return None
         return self.send(torch.tensor([[height, width, 0, 0, height, width]])).expand(batch, -1)
@@ -109,31 +119,78 @@ class StableDiffusion:
         """Numbers from the CPU, sent to the device without waiting for what it is busy with."""
         return small.to(self.device, non_blocking=True)
 
-    @torch.no_grad()
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> latents (B, 4, h, w) at the UNet's scale, in its dtype.
+    def conditions(self, prompts: list[str], height: int, width: int) -> Conditions:
+        """What the UNet is given besides latents and time, for images of height x width pixels."""
+        return *self.encode_prompt(prompts), self.time_ids(len(prompts), height, width)
 
-        They are the mean of the encoder's distribution; with a generator, a sample of it.
+    def epsilon(
+        self, conditions: Conditions, guidance_scale: float = 1.0, uncond: Conditions | None = None, unet=None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """(z, tau) -> the noise predicted in z, fp32, with classifier-free guidance (Ho & Salimans 2022):
+
+            eps = eps(uncond) + guidance_scale (eps(conditions) - eps(uncond))
+
+        Both come from one batch of twice the size. A scale of 1 needs no uncond and half the work. unet: predicts
+        instead of this model's own, as a student does in training.
         """
+        unet = unet or self.unet
+        dtype = next(unet.parameters()).dtype
+        shift = 0 if is_perflow(self.configs["scheduler"]) else 1  # the network's own index, see reflow.py
+        if guidance_scale == 1:
+            return lambda z, tau: unet(z.to(dtype), tau - shift, *conditions).float()
+        both = [c if c is None else torch.cat([u.expand_as(c), c]) for u, c in zip(uncond, conditions)]
+
+        def guided(z: Tensor, tau: Tensor) -> Tensor:
+            eps = unet(torch.cat([z, z]).to(dtype), torch.cat([tau, tau]) - shift, *both).float()
+            negative, positive = eps.chunk(2)
+            return negative + guidance_scale * (positive - negative)
+
+        return guided
+
+    @torch.no_grad()
+    def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> mean and log-variance of their latents, (B, 4, h, w) each, unscaled."""
         weight = self.vae.encoder.conv_in.weight
-        mean, log_variance = self.vae.encode(images.to(weight.device, weight.dtype))
-        if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
-            mean = mean + (0.5 * log_variance).exp() * noise
+        parts = [self.vae.encode(few.to(weight.device, weight.dtype)) for few in self.few_at_a_time(images)]
+        mean, log_variance = (torch.cat(part) for part in zip(*parts))
+        return mean, log_variance
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> latents (B, 4, h, w) at the UNet's scale, in its dtype.
+
+        They are the mean of the encoder's distribution; with standard normal noise (B, 4, h, w), a sample of it.
+        """
+        mean, log_variance = self.encode_moments(images)
+        if noise is not None:
+            mean = mean + (0.5 * log_variance).exp() * noise.to(mean)
         return (mean * self.vae.cfg.scaling_factor).to(self.dtype)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, low_memory: bool = False) -> Tensor:
-        """Latents (B, 4, h, w) at the UNet's scale -> pictures (B, 3, H, W) in [-1, 1], fp32.
+        """Latents (B, 4, h, w) at the UNet's scale -> images (B, 3, H, W) in [-1, 1], fp32.
 
-        Of all networks the decoder takes the most memory, so it gets a few pictures at a time: as many as have the
-        pixels of one of 512 x 512, or one that is larger. low_memory: and of a picture, a few rows (`decode_in_bands`).
+        low_memory: and of an image, a few rows at a time (`support/bands.py`).
         """
         weight = self.vae.decoder.conv_in.weight
-        few = max(1, 512**2 // (latents[0, 0].numel() * self.downscale**2))
         scaled = latents.to(weight.device, weight.dtype) / self.vae.cfg.scaling_factor
-        decode = functools.partial(decode_in_bands, self.vae) if low_memory else self.vae.decode
-        return torch.cat([decode(part).float() for part in scaled.split(few)]).clamp(-1, 1)
+        few = self.few_at_a_time(scaled, self.downscale)
+        images = [decode_in_bands(self.vae, part) if low_memory else self.vae.decode(part) for part in few]
+        return torch.cat([image.float() for image in images]).clamp(-1, 1)
+
+    @staticmethod
+    def few_at_a_time(batch: Tensor, downscale: int = 1) -> tuple[Tensor, ...]:
+        """Parts of a batch with the pixels of one image of 512 x 512 each, or one larger image: of all networks, the
+        VAE takes the most memory."""
+        return batch.split(max(1, 512**2 // (batch.shape[2] * batch.shape[3] * downscale**2)))
+
+    def image_size(self, size: int | None = None) -> int:
+        """Height and width in pixels: `size`, or the model's default. Raises InputError if it does not fit."""
+        if size is None:
+            default = self.unet.cfg.sample_size
+            return (default if isinstance(default, int) else default[0]) * self.downscale
+        if size < self.downscale or size % self.downscale:
+            raise InputError(f"--size {size} does not fit: it must be a multiple of {self.downscale} pixels")
+        return size
 
     @classmethod
     def load(
@@ -155,19 +212,19 @@ class StableDiffusion:
         networks = {}
         for name in files:
             network_class, config_class, _ = NETWORKS[name]
-            config = checkpoint.read_config(config_class, configs[name], f"{path}: {name} config")
+            config = read_config(config_class, configs[name], f"{path}: {name} config")
             try:
-                network = checkpoint.build(network_class, config)
+                network = build(network_class, config)
             except Exception as error:  # torch has many ways to say that a size is impossible
                 reason = str(error).partition("\n")[0]
                 raise InputError(f"{path}: {name} config: {reason}") from error
             keys = network.state_dict().keys()
             if family:
-                sources = convert.sources_in_single_file(family, name, keys, files[name])
+                sources = layouts.sources_in_single_file(family, name, keys, files[name])
             else:
-                sources = convert.sources_in_folder(name, keys, files[name].keys())
+                sources = layouts.sources_in_folder(name, keys, files[name].keys())
             kept = kept_dtype(dtype, configs[name])
-            checkpoint.assign(network, sources, files[name], device, kept, f"{path}: {name}")
+            assign(network, sources, files[name], device, kept, f"{path}: {name}")
             networks[name] = network
         tokenizers = load_tokenizers(Path(tokenizer or path), two="text_encoder_2" in networks)
         check_fit(networks, tokenizers, configs, path)
@@ -187,15 +244,15 @@ class StableDiffusion:
         try:
             for name, config in self.configs.items():
                 file = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}.get(name)
-                checkpoint.write_json(aside / (file or f"{name}/config.json"), config)
+                write_json(aside / (file or f"{name}/config.json"), config)
             for name, network in self.networks.items():
                 file = aside / name / f"{NETWORKS[name][2]}.safetensors"
-                checkpoint.write_tensors(file, network.state_dict())
+                write_tensors(file, network.state_dict())
             for tokenizer, folder in zip(self.tokenizers, ("tokenizer", "tokenizer_2")):
                 for name, content in tokenizer.files.items():
                     (aside / folder).mkdir(exist_ok=True)
                     (aside / folder / name).write_bytes(content)
-            checkpoint.replace_folder(aside, path)
+            replace_folder(aside, path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"cannot write {path}: {error}") from error
         finally:
@@ -206,11 +263,11 @@ class StableDiffusion:
         family, tensors = "SDXL" if "text_encoder_2" in self.networks else "SD1.5", {}
         for name, network in self.networks.items():
             network_class, config_class, _ = NETWORKS[name]
-            official = checkpoint.read_config(config_class, convert.OFFICIAL[family][name], name)
-            if shapes(checkpoint.build(network_class, official)) != shapes(network):
+            official = read_config(config_class, layouts.OFFICIAL[family][name], name)
+            if shapes(build(network_class, official)) != shapes(network):
                 reason = f"the {name} is none of {family}; a single file cannot tell what it is"
                 raise InputError(f"{path}: {reason}: keep the folder")
-            tensors |= convert.as_single_file(family, name, network.state_dict())
+            tensors |= layouts.as_single_file(family, name, network.state_dict())
         return tensors
 
 
@@ -220,21 +277,20 @@ def shapes(network: nn.Module) -> dict[str, torch.Size]:
 
 def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
-        checkpoint.write_tensors(path, tensors)
+        write_tensors(path, tensors)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {error}") from error
 
 
 def read_folder(path: Path, dtype: torch.dtype | None) -> tuple[dict[str, dict], dict[str, dict[str, Path]]]:
     """Settings of a model folder's parts, and for each of its networks the file of every tensor."""
-    configs = {"model_index": checkpoint.read_json(path / "model_index.json")}
-    configs["scheduler"] = checkpoint.read_json(path / "scheduler/scheduler_config.json")
+    configs = {"model_index": read_json(path / "model_index.json")}
+    configs["scheduler"] = read_json(path / "scheduler/scheduler_config.json")
     names = [name for name in NETWORKS if name != "text_encoder_2" or (configs["model_index"].get(name) or [None])[0]]
     for name in names:
-        configs[name] = checkpoint.read_json(path / name / "config.json")
+        configs[name] = read_json(path / name / "config.json")
     return configs, {
-        name: checkpoint.find_tensors(path / name, NETWORKS[name][2], kept_dtype(dtype, configs[name]))
-        for name in names
+        name: find_tensors(path / name, NETWORKS[name][2], kept_dtype(dtype, configs[name])) for name in names
     }
 
 
@@ -245,17 +301,17 @@ def kept_dtype(dtype: torch.dtype | None, config: dict) -> torch.dtype | None:
 
 def family_of(file: Path) -> str:
     try:
-        return convert.family_of(checkpoint.tensor_names(file))
+        return layouts.family_of(tensor_names(file))
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"{file}: {error}") from None
 
 
 def read_single_file(file: Path, family: str) -> tuple[dict[str, dict], dict[str, dict[str, Path]]]:
     """The same of a single file, whose settings are the official ones of its family."""
-    names = checkpoint.tensor_names(file)
-    parts = convert.PREFIXES[family].items()
+    names = tensor_names(file)
+    parts = layouts.PREFIXES[family].items()
     files = {part: {name: file for name in names if name.startswith(prefix)} for part, prefix in parts}
-    return copy.deepcopy(convert.OFFICIAL[family]), files
+    return copy.deepcopy(layouts.OFFICIAL[family]), files
 
 
 def load_tokenizers(path: Path, two: bool) -> list[Tokenizer]:
@@ -292,7 +348,7 @@ def check_fit(
             f"{vae.latent_channels}; only text-to-image models are supported, not inpainting or editing ones"
         )
     scheduler = configs["scheduler"]
-    known = ("ddim_eps", "diff_eps") if is_flow(scheduler) else ("epsilon",)
+    known = ("ddim_eps", "diff_eps") if is_perflow(scheduler) else ("epsilon",)
     for name, values in {
         "prediction_type": known, "beta_schedule": ("scaled_linear",), "num_train_timesteps": (1000,),
         "trained_betas": (None,), "rescale_betas_zero_snr": (False, None),
@@ -306,7 +362,46 @@ def check_fit(
 
 
 def is_flow(scheduler: dict) -> bool:
+    return is_perflow(scheduler) or "num_time_windows" in scheduler
+
+
+def is_perflow(scheduler: dict) -> bool:
+    """Whether a flow was published by PeRFlow, whose networks take tau itself as their index."""
     return scheduler.get("_class_name") == "PeRFlowScheduler"
+
+
+def flow_scheduler(teacher: StableDiffusion, windows: int, guidance: float = 1.0) -> dict:
+    """The scheduler settings of a flow trained from `teacher`: plain DDIM with trailing spacing, one step a window, and
+    the number of windows. PeRFlow's flows stay PeRFlow's. guidance: that the teacher's trajectories had."""
+    scheduler = teacher.configs["scheduler"] | {"num_time_windows": windows}
+    if not is_perflow(scheduler):
+        scheduler |= {"_class_name": "DDIMScheduler", "prediction_type": "epsilon", "timestep_spacing": "trailing"}
+        scheduler |= {"clip_sample": False, "set_alpha_to_one": False}
+    return scheduler | ({} if guidance == 1 else {"trained_guidance": guidance})
+
+
+def save_flow(unet: UNet, scheduler: dict, base: Path, out: Path, dtype: torch.dtype) -> None:
+    """Write a flow as a complete model folder: a new UNet and scheduler, and all other parts of `base`, hard-linked
+    where the file system can. It appears whole or not at all."""
+    aside = out.with_name(out.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    parts = [name for name in read_json(base / "model_index.json") if (base / name).is_dir()]
+    files = [file for part in parts for file in sorted((base / part).rglob("*")) if file.is_file()]
+    for file in [base / "model_index.json", *files]:
+        new = aside / file.relative_to(base)
+        weights_of_unet = file.parent == base / "unet" and file.name != "config.json"
+        if file.suffix in PICKLES or weights_of_unet:
+            continue
+        new.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file.resolve(), new)
+        except OSError:
+            shutil.copyfile(file, new)
+    (aside / "scheduler/scheduler_config.json").unlink()  # else the link's other end would change, too
+    write_json(aside / "scheduler/scheduler_config.json", scheduler)
+    weights = {name: weight.to(dtype) for name, weight in unet.state_dict().items()}
+    write_tensors(aside / f"unet/{NETWORKS['unet'][2]}.safetensors", weights)
+    replace_folder(aside, out)
 
 
 def alphas_cumprod(scheduler: dict) -> Tensor:
@@ -317,29 +412,3 @@ def alphas_cumprod(scheduler: dict) -> Tensor:
     start, end = scheduler.get("beta_start", 0.00085), scheduler.get("beta_end", 0.012)
     betas = torch.linspace(start**0.5, end**0.5, 1000, dtype=torch.float64) ** 2
     return (1 - betas).cumprod(dim=0).float()
-
-
-def add_delta(sd: StableDiffusion, file: str | Path, windows: int, prediction_type: str) -> None:
-    """Turn a diffusion model into a flow by adding published weight differences to its UNet, in place.
-
-    PeRFlow publishes its flows so; for SD1.5: 4 windows, prediction_type "diff_eps". Raises InputError.
-    """
-    file = Path(file)
-    delta = checkpoint.build(UNet, sd.unet.cfg)
-    sources = convert.sources_in_folder("unet", delta.state_dict(), set())
-    stored = dict.fromkeys(checkpoint.tensor_names(file), file)
-    checkpoint.assign(delta, sources, stored, sd.device, torch.float32, str(file))
-    for weight, difference in zip(sd.unet.parameters(), delta.parameters(), strict=True):
-        weight.data = (weight.float() + difference).to(weight.dtype)
-    sd.configs["scheduler"] |= {
-        "_class_name": "PeRFlowScheduler", "num_time_windows": windows, "prediction_type": prediction_type,
-    }  # fmt: skip
-
-
-def save_delta(flow: StableDiffusion, base: StableDiffusion, file: str | Path) -> None:
-    """Write the difference of two UNets, as `add_delta` and PeRFlow's tools read it: added to another model with the
-    base's architecture, it makes a flow of that one. In the flow's dtype. Raises InputError."""
-    if shapes(flow.unet) != shapes(base.unet):
-        raise InputError(f"{file}: the two UNets are not built alike; name the model that the flow was made of")
-    ours, theirs = flow.unet.state_dict(), base.unet.state_dict()
-    write_file(Path(file), {key: (w.float() - theirs[key].float()).to(w.dtype) for key, w in ours.items()})

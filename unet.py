@@ -4,20 +4,17 @@ It looks at a noisy latent, at how noisy it is (timestep) and at the text, and p
 Rombach et al. 2022, section 3.3). A model is described by the fields of `UNetConfig`, which are those of the official
 `unet/config.json`; attribute names equal the keys of the official weights, so that loading needs no renaming.
 
-Shapes: B batch, C channels, H W latent height and width (1/8 of the picture's), L text tokens, D width of the text.
+Shapes: B batch, C channels, H W latent height and width (1/8 of the image's), L text tokens, D width of the text.
 Read `clip_text.py` before this file, `vae.py` after it; the forward pass at the end of this file is the summary.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-KeysValues = list[tuple[Tensor, Tensor]]  # of the text, for each block of a transformer: 2 x (B, heads, L, C / heads)
 
 
 @dataclass
@@ -39,7 +36,7 @@ class UNetConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     use_linear_projection: bool = False  # how proj_in and proj_out are stored: Linear, or 1x1 convolution
-    addition_embed_type: str | None = None  # "text_time": SDXL's pooled text and picture sizes
+    addition_embed_type: str | None = None  # "text_time": SDXL's pooled text and image sizes
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     sample_size: int | list[int] = 64  # default H and W of the latents; the network itself takes any size
@@ -117,7 +114,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of the picture's positions to one another, or to the text (`context_width` given)."""
+    """Multi-head attention of the image's positions to one another, or to the text (`context_width` given)."""
 
     def __init__(self, width: int, heads: int, context_width: int | None = None):
         super().__init__()
@@ -130,12 +127,9 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, L, width) -> (B, heads, L, width / heads)
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.to_k(context)), self.split(self.to_v(context))
-
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        k, v = keys_values or self.keys_values(x)
-        out = F.scaled_dot_product_attention(self.split(self.to_q(x)), k, v)
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
+        out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
 
@@ -171,9 +165,10 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(width, heads, context_width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), text)
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
@@ -192,12 +187,12 @@ class Transformer(nn.Module):
         )
         self.proj_out = projection(width, width)
 
-    def forward(self, x: Tensor, text: KeysValues) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, C, H, W) -> (B, H W, C)
         # A 1x1 convolution of the map is a linear layer of the sequence: one code for both ways of storing it.
         h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
-        for block, keys_values in zip(self.transformer_blocks, text, strict=True):
-            h = block(h, keys_values)
+        for block in self.transformer_blocks:
+            h = block(h, context)
         h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, H W, C) -> (B, C, H, W)
 
@@ -237,11 +232,11 @@ class DownBlock(nn.Module):
         last = level == len(cfg.block_out_channels) - 1
         self.downsamplers = nn.ModuleList([] if last else [Downsample(channels)])
 
-    def forward(self, x: Tensor, emb: Tensor, text: Iterator[KeysValues], skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
         for i, block in enumerate(self.resnets):
             x = block(x, emb)
             if self.attentions:
-                x = self.attentions[i](x, next(text))
+                x = self.attentions[i](x, context)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -258,9 +253,9 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(resnet(cfg, channels, channels) for _ in range(2))
         self.attentions = nn.ModuleList([Transformer(cfg, level=-1)])
 
-    def forward(self, x: Tensor, emb: Tensor, text: Iterator[KeysValues]) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         x = self.resnets[0](x, emb)
-        x = self.attentions[0](x, next(text))
+        x = self.attentions[0](x, context)
         return self.resnets[1](x, emb)
 
 
@@ -276,11 +271,11 @@ class UpBlock(nn.Module):
         self.attentions = nn.ModuleList(Transformer(cfg, level) for _ in inputs if attends)
         self.upsamplers = nn.ModuleList([Upsample(channels)] if level > 0 else [])
 
-    def forward(self, x: Tensor, emb: Tensor, text: Iterator[KeysValues], skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
         for i, block in enumerate(self.resnets):
             x = block(torch.cat([x, skips.pop()], dim=1), emb)
             if self.attentions:
-                x = self.attentions[i](x, next(text))
+                x = self.attentions[i](x, context)
         for upsample in self.upsamplers:
             x = upsample(x, skips[-1].shape[2:])  # not always 2 H x 2 W: going down, odd sizes were rounded up
         return x
@@ -312,17 +307,8 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, channels[0], cfg.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], cfg.out_channels, 3, padding=1)
 
-    def text_keys_values(self, context: Tensor) -> list[KeysValues]:
-        """All that the cross-attention layers need of the text, (B, L, D): for each transformer, its `KeysValues`.
-
-        It does not depend on the timestep, so a sampler computes it once and passes it to every `forward`.
-        """
-        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        transformers = [transformer for block in blocks for transformer in block.attentions]
-        return [[block.attn2.keys_values(context) for block in t.transformer_blocks] for t in transformers]
-
     def embed_conditions(self, t: Tensor, pooled: Tensor | None, time_ids: Tensor | None) -> Tensor:
-        """Timestep (B,) and, for SDXL, pooled text (B, 1280) and picture sizes (B, 6) -> one vector (B, 4 C)."""
+        """Timestep (B,) and, for SDXL, pooled text (B, 1280) and image sizes (B, 6) -> one vector (B, 4 C)."""
         emb = self.time_embedding(sinusoids(t, self.cfg.block_out_channels[0]))
         if self.cfg.addition_embed_type:
             if pooled is None or time_ids is None:
@@ -335,23 +321,22 @@ class UNet(nn.Module):
         self,
         x: Tensor,
         t: Tensor,
-        context: Tensor | list[KeysValues],
+        context: Tensor,
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
     ) -> Tensor:
         """Predict the noise in latents x (B, 4, H, W) at timesteps t (B,), on the network's own scale 0..1000.
 
-        context: the text (B, L, D), or what `text_keys_values` made of it. SDXL only: pooled text (B, 1280) and
-        time_ids (B, 6) = original height, width, crop top, left, target height, width, in pixels.
+        context: the text (B, L, D). SDXL only: pooled text (B, 1280) and time_ids (B, 6) = original height, width, crop
+        top, left, target height, width, in pixels.
         """
-        text = iter(self.text_keys_values(context) if isinstance(context, Tensor) else context)
         emb = silu(self.embed_conditions(t, pooled, time_ids))  # once for all residual blocks
 
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
-            x = block(x, emb, text, skips)
-        x = self.mid_block(x, emb, text)
+            x = block(x, emb, context, skips)
+        x = self.mid_block(x, emb, context)
         for block in self.up_blocks:
-            x = block(x, emb, text, skips)
+            x = block(x, emb, context, skips)
         return self.conv_out(silu(self.conv_norm_out(x)))

@@ -1,13 +1,12 @@
-"""The autoencoder: pictures <-> latents, 8 times smaller on each side (Kingma & Welling 2014; Rombach et al. 2022).
+"""The autoencoder: images <-> latents, 8 times smaller on each side (Kingma & Welling 2014; Rombach et al. 2022).
 
 Diffusion at full resolution is dear, so Stable Diffusion works on latents. The encoder gives a mean and a variance
-for every latent number, the decoder turns latents back into a picture. Both are trained once, then frozen.
+for every latent number, the decoder turns latents back into an image. Both are trained once, then frozen.
 
-Shapes: B batch, 3 colors, C channels, H W height and width of the picture, h w = H/8 W/8 those of the latents.
+Shapes: B batch, 3 colors, C channels, H W height and width of the image, h w = H/8 W/8 those of the latents.
 Attribute names equal the keys of the official weights. Read `unet.py` before this file, `model.py` after it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -162,12 +161,12 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.latent_channels, 1)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 3, H, W) in [-1, 1] -> mean and log-variance of their latents, (B, 4, h, w) each, unscaled."""
+        """Images (B, 3, H, W) in [-1, 1] -> mean and log-variance of their latents, (B, 4, h, w) each, unscaled."""
         mean, log_variance = self.quant_conv(self.encoder(in_memory_order(images))).contiguous().chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)  # beyond that, exp() is 0 or overflows
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Unscaled latents (B, 4, h, w) -> pictures (B, 3, 8 h, 8 w), in about [-1, 1]. See also `decode_in_bands`."""
+        """Unscaled latents (B, 4, h, w) -> images (B, 3, 8 h, 8 w), in about [-1, 1]. See also `support/bands.py`."""
         return self.decoder(self.post_quant_conv(in_memory_order(latents)))
 
 
@@ -179,61 +178,3 @@ def memory_order(device: torch.device) -> torch.memory_format:
 
 def in_memory_order(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=memory_order(x.device))
-
-
-# ---- Decoding in less memory ----------------------------------------------------------------------------------------
-
-# At 1024 pixels one feature map of the decoder's last level takes up to 1 GiB in fp32, and a residual block holds
-# several: its input, that normalized, and whatever a convolution needs for its work. But a convolution looks no further
-# than one row up and down, so what is not passed on needs to exist for a band of rows only: 2.1 GiB at the peak instead
-# of 3.0, measured on a CPU. Decoding tiles of the picture one by one would leave seams, since each would be normalized
-# by its own mean and variance. Here these are taken from the whole first, so that the picture is the same.
-
-
-@torch.no_grad()
-def decode_in_bands(vae: VAE, latents: Tensor, rows: int = 64) -> Tensor:
-    """What `VAE.decode` makes of latents (B, 4, h, w), each layer so many rows of its input at a time."""
-    decoder = vae.decoder
-    x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(in_memory_order(latents))))
-    for block in decoder.up_blocks:
-        for layer in block.resnets:
-            x = resnet_in_bands(layer, x, rows)
-        for layer in block.upsamplers:
-            x = convolve_in_bands(layer.conv, x, rows, lambda band: F.interpolate(band, scale_factor=2.0))
-    return convolve_in_bands(decoder.conv_out, x, rows, normalize(decoder.conv_norm_out, x, rows))
-
-
-def resnet_in_bands(block: ResnetBlock, x: Tensor, rows: int) -> Tensor:
-    h = convolve_in_bands(block.conv1, x, rows, normalize(block.norm1, x, rows))
-    h = convolve_in_bands(block.conv2, h, rows, normalize(block.norm2, h, rows))
-    for band, shortcut in zip(h.split(rows, dim=2), x.split(rows, dim=2)):
-        band += shortcut if block.conv_shortcut is None else block.conv_shortcut(shortcut)
-    return h
-
-
-def convolve_in_bands(conv: nn.Conv2d, x: Tensor, rows: int, before: Callable[[Tensor], Tensor]) -> Tensor:
-    """conv(before(x)), (B, C, H, W) -> (B, C', f H, f W), of a 3x3 convolution; `before` makes f x f pixels of each."""
-    out = None
-    for top in range(0, x.shape[2], rows):
-        first, bottom = max(top - 1, 0), min(top + rows, x.shape[2])
-        made = conv(before(x[:, :, first : bottom + 1]))  # one row more on each side, which only its neighbors need
-        f = made.shape[3] // x.shape[3]
-        if out is None:
-            shape = len(x), made.shape[1], f * x.shape[2], f * x.shape[3]
-            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_order(x.device))
-        out[:, :, f * top : f * bottom] = made[:, :, f * (top - first) : f * (bottom - first)]
-    return out
-
-
-def normalize(norm: nn.GroupNorm, x: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    """silu(norm(x)), as a function for bands of x: mean and variance are taken from all of x, here and now."""
-    groups, count, mean, square = norm.num_groups, x[0].numel() // norm.num_groups, 0, 0
-    for band in x.split(rows, dim=2):
-        band = band.float().unflatten(1, (groups, -1))  # (B, groups, C / groups, rows, W)
-        mean, square = mean + band.sum((2, 3, 4)) / count, square + band.square().sum((2, 3, 4)) / count
-    deviation = (square - mean.square() + norm.eps).sqrt()
-    weight, bias = (part.float().unflatten(0, (groups, -1)) for part in (norm.weight, norm.bias))
-    scale = weight / deviation[:, :, None]
-    shift = bias - mean[:, :, None] * scale
-    scale, shift = (part.flatten(1)[:, :, None, None] for part in (scale, shift))
-    return lambda band: silu(torch.addcmul(shift, band.float(), scale).to(band.dtype))

@@ -1,10 +1,10 @@
-"""CLIP score: how well do pictures fit their prompts? (Radford et al. 2021; Hessel et al. 2021)
+"""CLIP score: how well do images fit their prompts? (Radford et al. 2021; Hessel et al. 2021)
 
     python clip_score.py IMAGES --clip weights/miniature-clip                    prompts from the PNGs of sample.py
     torchrun --nproc-per-node 8 clip_score.py IMAGES --prompts captions_val2014.json --clip DIR --convention prefix
 
-CLIP's two towers map a picture and a text to vectors of one space; the score is the cosine between the two. The text
-tower is that of `clip_text.py`, the vision tower and the way pictures reach it are here. A model is a CLIP folder as
+CLIP's two towers map an image and a text to vectors of one space; the score is the cosine between the two. The text
+tower is that of `clip_text.py`, the vision tower and the way images reach it are here. A model is a CLIP folder as
 the Hugging Face hub has them. Attribute names equal the keys of its weights.
 
 Shapes: B batch, P patches, D width. H W height and width, S that of the square the vision tower sees, all in pixels.
@@ -26,14 +26,17 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
-import sample
-from checkpoint import InputError
 from clip_text import ClipText, ClipTextConfig, Encoder, Tokenizer, embedding
-from convert import as_stored
+from support.captions import read_prompts
+from support.devices import choose_device, rank_and_world
+from support.errors import InputError, one_line_errors
+from support.files import listed, read_json
+from support.images import on_white
+from support.layouts import as_stored
+from support.weights import assign, build, find_tensors, read_config
 
 PUBLISHED = "openai/clip-vit-large-patch14 and laion/CLIP-ViT-g-14-laion2B-s12B-b42K on the Hugging Face hub are some"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 # What the published figures called "CLIP score" are: (said before the prompt, times the cosine).
 CONVENTIONS = {
@@ -68,7 +71,7 @@ class ClipVisionConfig:
 
 
 class VisionEmbeddings(nn.Module):
-    """A vector for every patch of the picture and one for the picture as a whole, plus a vector for every place."""
+    """A vector for every patch of the image and one for the image as a whole, plus a vector for every place."""
 
     def __init__(self, cfg: ClipVisionConfig):
         super().__init__()
@@ -99,18 +102,18 @@ class ClipVision(nn.Module):
         self.visual_projection = nn.Linear(cfg.hidden_size, cfg.projection_dim, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalized pictures (B, 3, H, W) of the configured size -> embeddings (B, projection_dim), not normalized."""
+        """Normalized images (B, 3, H, W) of the configured size -> embeddings (B, projection_dim), not normalized."""
         return self.visual_projection(self.features(images)[:, 0])
 
     def features(self, images: Tensor) -> Tensor:
-        """What is seen in the picture as a whole and in each patch: (B, 1 + P, D)."""
+        """What is seen in the image as a whole and in each patch: (B, 1 + P, D)."""
         x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(images))
         for layer in self.vision_model.encoder.layers:
             x = layer(x)
         return self.vision_model.post_layernorm(x)
 
 
-# ---------------------------------------------------------------- from a picture to what the tower sees
+# ---------------------------------------------------------------- from an image to what the tower sees
 
 
 @dataclass
@@ -142,12 +145,12 @@ class ClipImageConfig:
 
 
 def prepare(image: Image.Image, cfg: ClipImageConfig) -> Tensor:
-    """A picture of any size and mode -> the middle of it, normalized, (3, S, S) fp32.
+    """An image of any size and mode -> the middle of it, normalized, (3, S, S) fp32.
 
     Pillow's bicubic filter widens when it shrinks and rounds to whole levels. Torch's does neither, and it would
     change the score.
     """
-    image = sample.on_white(image)
+    image = on_white(image)
     width, height = (cfg.size * side // min(image.size) for side in image.size)
     left, top = (width - cfg.crop_size) // 2, (height - cfg.crop_size) // 2
     image = image.resize((width, height), cfg.resample)
@@ -187,7 +190,7 @@ def tower_settings(config: dict, tower: str, where: str) -> dict:
 
 
 class ClipScore:
-    """A CLIP whose towers, tokenizer and preparation of pictures come from one folder. Made by `ClipScore.load`."""
+    """A CLIP whose towers, tokenizer and preparation of images come from one folder. Made by `ClipScore.load`."""
 
     def __init__(
         self, text: ClipText, vision: ClipVision, tokenizer: Tokenizer, image_config: ClipImageConfig, name: str
@@ -209,18 +212,18 @@ class ClipScore:
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} is no CLIP folder: it has no config.json; {PUBLISHED}")
         where = f"{folder}: config.json"
-        config = checkpoint.read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         text_settings = TEXT_DEFAULTS | tower_settings(config, "text", where)
         text_settings["architectures"] = ["CLIPTextModelWithProjection"]
-        text = checkpoint.build(ClipText, checkpoint.read_config(ClipTextConfig, text_settings, where))
+        text = build(ClipText, read_config(ClipTextConfig, text_settings, where))
         vision_settings = tower_settings(config, "vision", where)
-        vision = checkpoint.build(ClipVision, checkpoint.read_config(ClipVisionConfig, vision_settings, where))
+        vision = build(ClipVision, read_config(ClipVisionConfig, vision_settings, where))
 
         both = nn.ModuleDict({"text": text, "vision": vision})  # at once: each tensor must be of the one or the other
-        files = checkpoint.find_tensors(folder, "model", dtype)
+        files = find_tensors(folder, "model", dtype)
         files.pop("logit_scale", None)  # the temperature, which matters in training only
         sources = {key: (key.partition(".")[2], as_stored) for key in both.state_dict()}
-        checkpoint.assign(both, sources, files, device, dtype, str(folder))
+        assign(both, sources, files, device, dtype, str(folder))
 
         try:
             tokenizer = Tokenizer.load(folder)
@@ -234,7 +237,7 @@ class ClipScore:
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image] | np.ndarray) -> Tensor:
-        """Pictures, pillow's of any sizes or uint8 (B, H, W, 3), -> embeddings (B, D), not normalized."""
+        """Images, pillow's of any sizes or uint8 (B, H, W, 3), -> embeddings (B, D), not normalized."""
         images = [image if isinstance(image, Image.Image) else Image.fromarray(image) for image in images]
         weight = self.vision.visual_projection.weight
         pixels = torch.stack([prepare(image, self.image_config) for image in images])  # (B, 3, S, S)
@@ -248,13 +251,13 @@ class ClipScore:
         return self.text(self.tokenizer(prompts).to(self.text.text_projection.weight.device))[2]
 
     def similarity(self, images: Sequence[Image.Image] | np.ndarray, prompts: list[str]) -> Tensor:
-        """The cosine, from -1 to 1, between each picture and its own prompt: (B,) fp32."""
+        """The cosine, from -1 to 1, between each image and its own prompt: (B,) fp32."""
         if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} pictures cannot be compared with {len(prompts)} prompts one by one")
+            raise ValueError(f"{len(images)} images cannot be compared with {len(prompts)} prompts one by one")
         return F.cosine_similarity(self.image_features(images).float(), self.text_features(prompts).float())
 
     def score(self, images: Sequence[Image.Image] | np.ndarray, prompts: list[str], convention: str) -> Tensor:
-        """CLIP score of each picture (B,), by one of CONVENTIONS; a set of pictures has the mean of theirs."""
+        """CLIP score of each image (B,), by one of CONVENTIONS; a set of images has the mean of theirs."""
         prefix, scale = CONVENTIONS[convention]
         return scale * self.similarity(images, [prefix + prompt for prompt in prompts])
 
@@ -263,26 +266,26 @@ def read_image_config(folder: Path, vision: ClipVisionConfig) -> ClipImageConfig
     settings = {"size": vision.image_size, "crop_size": vision.image_size}
     for name in "processor_config.json", "preprocessor_config.json":  # the first is today's, with all in one
         if (folder / name).is_file():
-            settings = checkpoint.read_json(folder / name)
+            settings = read_json(folder / name)
             settings = settings.get("image_processor", settings)
-    config = checkpoint.read_config(ClipImageConfig, settings, f"{folder}: preprocessor config")
+    config = read_config(ClipImageConfig, settings, f"{folder}: preprocessor config")
     if config.crop_size != vision.image_size:
-        sizes = f"pictures of {config.crop_size} pixels, the vision tower takes {vision.image_size}"
+        sizes = f"images of {config.crop_size} pixels, the vision tower takes {vision.image_size}"
         raise InputError(f"{folder}: the preprocessor config makes {sizes}")
     return config
 
 
-# ---------------------------------------------------------------- a folder of pictures
+# ---------------------------------------------------------------- a folder of images
 
 
-def find_pictures(folder: Path) -> list[Path]:
-    """All pictures in a folder and those within it, in the order of their names, with numbers in them by value."""
+def find_images(folder: Path) -> list[Path]:
+    """All images in a folder and those within it, in the order of their names, with numbers in them by value."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give one of pictures")
-    files = [file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file()]
+        raise InputError(f"{folder} is not a folder; give one of images")
+    files = [file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
     files = [file for file in files if file.name != "sheet.png"]  # sample.py's, with all the others on it
     if not files:
-        raise InputError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
+        raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
 
     def order(file: Path) -> tuple[list, Path]:
         parts = re.split("([0-9]+)", file.relative_to(folder).as_posix())  # text, number, text, number, ..., text
@@ -291,40 +294,40 @@ def find_pictures(folder: Path) -> list[Path]:
     return sorted(files, key=order)
 
 
-def read_picture(file: Path) -> tuple[Image.Image, str | None]:
-    """A picture, and the prompt in its text chunk, if it has one."""
+def read_image(file: Path) -> tuple[Image.Image, str | None]:
+    """An image, and the prompt in its text chunk, if it has one."""
     with Image.open(file) as image:
         image.load()
         return image, getattr(image, "text", {}).get("prompt")
 
 
 def run(args: argparse.Namespace) -> None:
-    rank, world = sample.processes()
+    rank, world = rank_and_world()
     if args.batch_size < 1:
         raise InputError("--batch-size must be at least 1")
-    files = find_pictures(args.images)
-    prompts = sample.read_prompts(args.prompts) if args.prompts else None
+    files = find_images(args.images)
+    prompts = read_prompts(args.prompts) if args.prompts else None
     if prompts and len(prompts) != len(files):
         raise InputError(
-            f"{args.prompts} holds {len(prompts)} prompts, {args.images} {len(files)} pictures; it takes one for each, "
-            "in the order of the pictures' names"
+            f"{args.prompts} holds {len(prompts)} prompts, {args.images} {len(files)} images; it takes one for each, "
+            "in the order of the images' names"
         )
-    device = sample.choose_device(args.device)
+    device = choose_device(args.device)
     clip = ClipScore.load(args.clip, device)
 
-    # Of each picture its score, and whether it could be read. Added up in one order however the work was shared.
+    # Of each image its score, and whether it could be read. Added up in one order however the work was shared.
     scores, readable = table = torch.zeros(2, len(files), dtype=torch.float64)
     mine = range(rank, len(files), world)
     for few in tqdm([mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)], disable=rank > 0):
         images, told = [], []
         for i in few:
             try:
-                image, prompt = read_picture(files[i])
+                image, prompt = read_image(files[i])
             except Exception:  # pillow has many ways to say that a file is damaged
                 continue
             prompt = prompts[i] if prompts else prompt
             if prompt is None:
-                raise InputError(f"{files[i]} does not say its prompt, as pictures of sample.py do; give --prompts")
+                raise InputError(f"{files[i]} does not say its prompt, as images of sample.py do; give --prompts")
             images.append(image)
             told.append(prompt)
             readable[i] = 1
@@ -337,31 +340,29 @@ def run(args: argparse.Namespace) -> None:
 
     skipped = [str(file) for file, could in zip(files, readable) if not could]
     if len(skipped) > max(1, len(files) // 100) or len(skipped) == len(files):
-        raise InputError(
-            f"{len(skipped)} of {len(files)} pictures cannot be read ({checkpoint.first(skipped)}); make them again"
-        )
+        raise InputError(f"{len(skipped)} of {len(files)} images cannot be read ({listed(skipped)}); make them again")
     if rank == 0:
         if skipped:
-            names = checkpoint.first(skipped, 20)
-            print(f"notice: {len(skipped)} of {len(files)} pictures cannot be read: {names}", file=sys.stderr)
+            names = listed(skipped, 20)
+            print(f"notice: {len(skipped)} of {len(files)} images cannot be read: {names}", file=sys.stderr)
         prefix, scale = CONVENTIONS[args.convention]
         told = f'"{prefix}" + prompt' if prefix else "prompt"
-        what = f"{scale} x cosine(picture, {told})" if scale != 1 else f"cosine(picture, {told})"
+        what = f"{scale} x cosine(image, {told})" if scale != 1 else f"cosine(image, {told})"
         mean, count = (scores.sum() / readable.sum()).item(), int(readable.sum())
-        print(f"CLIP score {mean:.4f}: mean of {what} over {count} pictures, by {clip.name}")
+        print(f"CLIP score {mean:.4f}: mean of {what} over {count} images, by {clip.name}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How well do pictures fit their prompts? The CLIP score.")
-    parser.add_argument("images", type=Path, help="folder of pictures")
+    parser = argparse.ArgumentParser(description="How well do images fit their prompts? The CLIP score.")
+    parser.add_argument("images", type=Path, help="folder of images")
     prompts = "a prompt per line, or a COCO captions JSON, in the order of file names; default: each PNG's own prompt"
     parser.add_argument("--prompts", type=Path, help=prompts)
     parser.add_argument("--clip", type=Path, required=True, help="CLIP folder")
     convention = 'logits (default): 100 x cosine; prefix: raw cosine, with "A photo depicts " before the prompt'
     parser.add_argument("--convention", choices=CONVENTIONS, default="logits", help=convention)
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures looked at at once")
+    parser.add_argument("--batch-size", type=int, default=32, help="images looked at at once")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
-    with checkpoint.one_line_errors(parser):
+    with one_line_errors(parser):
         run(parser.parse_args())
 
 

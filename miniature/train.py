@@ -5,7 +5,7 @@
 
 In Stable Diffusion's order: a tokenizer, a VAE, a CLIP pair (text tower and vision tower), and the denoiser, which
 sees latents of the VAE and text of CLIP. The result is an official model folder that the same classes load.
-Read `scenes.py` for the pictures and captions, and `model.py` for the parts.
+Read `scenes.py` for the images and captions, and `model.py` for the parts.
 """
 
 import argparse
@@ -26,21 +26,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import checkpoint
-import convert
 import data
 import fid
 import sample
-import scenes
-from clip_score import ClipScore, ClipVision, ClipVisionConfig
 from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer
-from model import InputError, StableDiffusion
+from evaluation.clip_score import ClipScore, ClipVision, ClipVisionConfig
+from model import StableDiffusion
+from support import layouts, scenes
+from support.errors import InputError, one_line_errors
+from support.files import fingerprint, replace_folder, write_json, write_tensors
+from support.streams import CONTRAST, READING, SCENE, stream
+from support.weights import read_config
+from tools.cache import cache
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 TRAIN, VALIDATION, TEST = 0, 1, 2  # seeds of scenes.sample: what is trained on, chosen by, reported on
 DETAIL = 0.8  # of captions from which places are learned, see scenes.choose_facts; others have half of it
-LIKENESS = 2.0  # guidance at which pictures look most like drawn scenes; chosen on validation pictures, see README
+LIKENESS = 2.0  # guidance at which images look most like drawn scenes; chosen on validation images, see README
 ROOT = Path(__file__).parent
 
 VAE_SETTINGS = {
@@ -49,7 +52,7 @@ VAE_SETTINGS = {
     "norm_num_groups": 8, "in_channels": 3, "out_channels": 3, "latent_channels": 4, "act_fn": "silu",
     "sample_size": 64, "force_upcast": False,
 }  # fmt: skip
-TEXT_SETTINGS = convert.CLIP_L | {
+TEXT_SETTINGS = layouts.CLIP_L | {
     "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3,
     "projection_dim": 128, "architectures": ["CLIPTextModelWithProjection"],
 }  # fmt: skip
@@ -145,13 +148,13 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     # The official order: single bytes, bytes that end a word, merges, and the two marks last.
     names = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), BEGIN, END]
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(folder / "vocab.json", {name: i for i, name in enumerate(dict.fromkeys(names))})
+    write_json(folder / "vocab.json", {name: i for i, name in enumerate(dict.fromkeys(names))})
     lines = "".join(" ".join(pair) + "\n" for pair in merges)
     (folder / "merges.txt").write_text("#version: 0.2\n" + lines, encoding="utf-8")
     special = {"bos_token": BEGIN, "eos_token": END, "pad_token": END, "unk_token": END}
-    checkpoint.write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "special_tokens_map.json", special)
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
-    checkpoint.write_json(folder / "tokenizer_config.json", settings | special)
+    write_json(folder / "tokenizer_config.json", settings | special)
     return Tokenizer.load(folder)
 
 
@@ -215,7 +218,7 @@ def train_clip(tokenizer: Tokenizer, args: argparse.Namespace) -> Clip:
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
     clip.to(args.device)
     count = min(args.scenes, 40_000)
-    drawn = [scenes.make_scene(np.random.default_rng((TRAIN, i))) for i in range(count)]
+    drawn = [scenes.make_scene(stream(SCENE, TRAIN, i)) for i in range(count)]
     images = torch.from_numpy(np.stack([scenes.draw(scene) for scene in tqdm(drawn, desc="drawing scenes")]))
     images = images.permute(0, 3, 1, 2)
 
@@ -229,11 +232,11 @@ def train_clip(tokenizer: Tokenizer, args: argparse.Namespace) -> Clip:
 
     def labelling_loss(_, step: int) -> Tensor:
         """Contrast alone teaches colors and numbers, and for very long no shapes. So first: what is on each patch, and
-        what is in the whole picture, on which sides?"""
+        what is in the whole image, on which sides?"""
         which = torch.randint(count, (64,))
         seen = seer["vision"].features(images[which].to(args.device).float() / 127.5 - 1)
-        patches, picture = seer["patch"](seen[:, 1:]).float(), seer["whole"](seen[:, 0]).float()
-        wrong = F.binary_cross_entropy_with_logits(picture, whole[which].to(args.device), reduction="none")
+        patches, image = seer["patch"](seen[:, 1:]).float(), seer["whole"](seen[:, 0]).float()
+        wrong = F.binary_cross_entropy_with_logits(image, whole[which].to(args.device), reduction="none")
         on_patches = F.cross_entropy(patches.flatten(0, 1), there[which].flatten().to(args.device))
         return on_patches + 0.1 * wrong.sum(dim=1).mean()
 
@@ -256,16 +259,16 @@ def train_clip(tokenizer: Tokenizer, args: argparse.Namespace) -> Clip:
     def reading_loss(_, step: int) -> Tensor:
         """Contrast alone never makes the text tower tell left from right, so that a UNet which sees its text could not
         either. So first: what does the caption say of each color and shape?"""
-        rng = np.random.default_rng((TRAIN, step, 1))
+        rng = stream(READING, TRAIN, step)
         few = [drawn[i] for i in torch.randint(count, (128,))]
         return read([scenes.say(scenes.some_facts(scene, rng, DETAIL), rng) for scene in few])[1]
 
     def contrast(_, step: int) -> Tensor:
-        """Radford et al. 2021, figure 3; and each picture's caption is also to be told from four false ones.
+        """Radford et al. 2021, figure 3; and each image's caption is also to be told from four false ones.
 
-        These differ from it in one thing, while the pictures of a batch differ in so much that color alone would do.
+        These differ from it in one thing, while the images of a batch differ in so much that color alone would do.
         """
-        which, rng = torch.randint(count, (64,)), np.random.default_rng((TRAIN, step, 0))
+        which, rng = torch.randint(count, (64,)), stream(CONTRAST, TRAIN, step)
         captions = [scenes.captions(drawn[i], rng, wrong=4) for i in which]
         image = F.normalize(clip.vision(images[which].to(args.device).float() / 127.5 - 1).float(), dim=-1)
         text, misread = read([told[0] for told in captions] + [false for told in captions for false in told[1:]])
@@ -287,7 +290,7 @@ SIDES = "on the left", "on the right", "at the top", "at the bottom"
 
 
 def labels_of(scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray]:
-    """What lies on each 8 x 8 patch, (64,): 0 for the background, else 1 + its place in KINDS. And of the whole picture
+    """What lies on each 8 x 8 patch, (64,): 0 for the background, else 1 + its place in KINDS. And of the whole image
     in zeros and ones: is there one of this kind, and is there one of this shape and color on this side?"""
     most, patches = np.full((8, 8), 0.25), np.zeros((8, 8), np.int64)
     whole, sided = np.zeros(len(KINDS), np.float32), np.zeros((len(KINDS) // 2, 4), np.float32)
@@ -304,7 +307,7 @@ def labels_of(scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray]:
 
 def told_in(caption: str) -> np.ndarray:
     """What a caption says of each color and shape, in zeros and ones: is it named, as small, as big; as left, middle or
-    right and as top, middle or bottom of the picture; and the same six again, of the other item that is named."""
+    right and as top, middle or bottom of the image; and the same six again, of the other item that is named."""
     facts = scenes.claims(caption)
     told = np.zeros((len(KINDS) // 2, 15), np.float32)
     for name, toward in zip(facts.items, (1, -1)):
@@ -326,23 +329,20 @@ def encode_texts(text: ClipText, ids: Tensor, device: str) -> Tensor:
     return torch.cat([text(few.to(device))[0].half() for few in tqdm(ids.split(1000), desc="reading captions")])
 
 
-def detailed_caption(index: int) -> str:
-    """Of training scene `index`, a second caption that more often tells sizes, positions and relations: they decide
-    little of a picture's error, so they are learned last."""
-    return scenes.scene_and_caption(TRAIN, index, DETAIL)[1]
-
-
 def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
     """Predict the noise in a noisy latent (Ho et al. 2020, algorithm 1), with the caption left out one time in ten."""
     # Encoded once, since the UNet sees every scene many times; another VAE makes another folder.
-    folder = args.work / f"latents-{args.scenes}-{data.fingerprint(sd.vae)}"
-    data.cache(sd.vae, data.Scenes(TRAIN), args.scenes, folder, workers=args.workers)
+    folder = args.work / f"latents-{args.scenes}-{fingerprint(sd.vae.encoder.conv_in.weight, sd.vae.quant_conv.weight)}"
+    cache(sd, data.Scenes(TRAIN), args.scenes, folder, workers=args.workers)
     known = data.Latents(folder)
     mean, log_variance = (
         torch.cat([part[name] for part in known.parts]).to(args.device) for name in ("mean", "log_variance")
     )
     scale = sd.vae.cfg.scaling_factor
-    captions = [(known[i]["caption"], detailed_caption(i)) for i in tqdm(range(len(known)), desc="telling scenes")]
+    captions = [
+        (known[i]["caption"], scenes.detailed_caption(TRAIN, i, DETAIL))
+        for i in tqdm(range(len(known)), desc="telling scenes")
+    ]
     different = {caption: i for i, caption in enumerate(dict.fromkeys(itertools.chain(*captions)))}
     ids = sd.tokenizers[0]([*different, ""])
     texts = encode_texts(sd.text_encoders[0], ids, args.device)  # the last is the empty one
@@ -372,14 +372,14 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
 
     on_gpu = args.device != "cpu"
     # Trained on from a model, it is not the run that made that model, whose finished state may still be there.
-    name = f"unet-{sample.fingerprint(unet.conv_in.weight, unet.conv_out.weight)}" if args.init else "unet"
+    name = f"unet-{fingerprint(unet.conv_in.weight, unet.conv_out.weight)}" if args.init else "unet"
     if args.compile:
         unet.compile()
     return fit(name, unet, loss_of, steps, args, iterations, lr=1e-3, low_precision=on_gpu)
 
 
 def settings_of(config_class: type, settings: dict):
-    return checkpoint.read_config(config_class, settings, config_class.__name__)
+    return read_config(config_class, settings, config_class.__name__)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -403,7 +403,7 @@ def train(args: argparse.Namespace) -> None:
         nn.init.zeros_(unet.conv_out.weight)
         del clip.text.text_projection  # CLIP's own affair, not part of Stable Diffusion's text encoder
         configs = {
-            "model_index": convert.SD15["model_index"], "scheduler": convert.SCHEDULER, "unet": UNET_SETTINGS,
+            "model_index": layouts.SD15["model_index"], "scheduler": layouts.SCHEDULER, "unet": UNET_SETTINGS,
             "vae": vae_settings, "text_encoder": TEXT_SETTINGS | {"architectures": ["CLIPTextModel"]},
         }  # fmt: skip
         networks = {"unet": unet.to(args.device), "vae": vae, "text_encoder": clip.text}
@@ -418,23 +418,23 @@ def train(args: argparse.Namespace) -> None:
 def save_clip(clip: Clip, tokenizer: Tokenizer, folder: Path) -> None:
     """The CLIP pair as a CLIP folder of the usual layout, for clip_score.py and other libraries."""
     aside = folder.with_name(folder.name + ".partial")
-    checkpoint.write_json(aside / "config.json", {
+    write_json(aside / "config.json", {
         "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 128,
         "text_config": TEXT_SETTINGS, "vision_config": VISION_SETTINGS,
     })  # fmt: skip
     halves = {"crop_size": 64, "size": 64, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
-    checkpoint.write_json(aside / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"} | halves)
+    write_json(aside / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"} | halves)
     state = {name.removeprefix("text.").removeprefix("vision."): w.half() for name, w in clip.state_dict().items()}
-    checkpoint.write_tensors(aside / "model.safetensors", state)
+    write_tensors(aside / "model.safetensors", state)
     for name, content in tokenizer.files.items():
         (aside / name).write_bytes(content)
-    checkpoint.replace_folder(aside, folder)
+    replace_folder(aside, folder)
 
 
-def pictures_of(
+def images_of(
     sd: StableDiffusion, prompts: list[str], steps: int, guidance: float, seed: int, sampler: str | None = None
 ) -> Iterator[np.ndarray]:
-    """Pictures of the prompts, uint8 (64, 64, 3), one after the other; picture i has noise (seed, i)."""
+    """Images of the prompts, uint8 (64, 64, 3), one after the other; image i has noise (seed, i)."""
     for first in tqdm(range(0, len(prompts), 100), desc=f"{steps} steps, guidance {guidance:g}", leave=False):
         few = prompts[first : first + 100]
         indices = list(range(first, first + len(few)))
@@ -444,23 +444,23 @@ def pictures_of(
 def accuracy(
     sd: StableDiffusion, steps: int, guidance: float, seed: int, named: int, count: int, sampler: str | None = None
 ) -> float:
-    """Share of prompts that name one or two items of which the picture shows all that they say."""
+    """Share of prompts that name one or two items of which the image shows all that they say."""
     prompts = [scenes.prompt(seed, i, named) for i in range(count)]
-    pictures = pictures_of(sd, prompts, steps, guidance, seed, sampler)
-    return sum(scenes.judge(picture, prompt) for picture, prompt in zip(pictures, prompts)) / count
+    images = images_of(sd, prompts, steps, guidance, seed, sampler)
+    return sum(scenes.judge(image, prompt) for image, prompt in zip(images, prompts)) / count
 
 
-def statistics(pictures: Iterable[np.ndarray], clip: ClipScore) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of the pictures' features in the miniature's own CLIP."""
-    pictures = np.stack(list(pictures))
-    features = torch.cat([clip.image_features(pictures[i : i + 200]) for i in range(0, len(pictures), 200)])
+def statistics(images: Iterable[np.ndarray], clip: ClipScore) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of the images' features in the miniature's own CLIP."""
+    images = np.stack(list(images))
+    features = torch.cat([clip.image_features(images[i : i + 200]) for i in range(0, len(images), 200)])
     return features.double().numpy().mean(axis=0), np.cov(features.double().numpy(), rowvar=False)
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Choose the guidance on validation prompts, then report on test prompts. For diffusion models and for flows.
 
-    The Frechet distance is that of pictures at guidance LIKENESS: more of it takes away variety.
+    The Frechet distance is that of images at guidance LIKENESS: more of it takes away variety.
     """
     sd, count = StableDiffusion.load(args.out, args.device), args.count
     if sd.windows:
@@ -478,10 +478,10 @@ def evaluate(args: argparse.Namespace) -> None:
         scores[guidance] = one + two
     best = max(scores, key=scores.get)
 
-    print(f"test: {count} prompts a kind at guidance {best:g}, {args.pictures} pictures at {likeness:g}")
-    if args.pictures:
+    print(f"test: {count} prompts a kind at guidance {best:g}, {args.images} images at {likeness:g}")
+    if args.images:
         clip = ClipScore.load(args.clip, args.device)
-        parts = range(args.pictures), range(args.pictures, 2 * args.pictures)
+        parts = range(args.images), range(args.images, 2 * args.images)
         drawn = [statistics((scenes.sample(TEST, i)[0] for i in part), clip) for part in parts]
         captions = [scenes.sample(TEST, i)[1] for i in parts[0]]
         apart = fid.frechet_distance(*drawn[0], *drawn[1])
@@ -490,8 +490,8 @@ def evaluate(args: argparse.Namespace) -> None:
     for sampler, steps in runs:
         one, two = (accuracy(sd, steps, best, TEST, named, count, sampler) for named in (1, 2))
         distance = ""
-        if args.pictures:
-            made = statistics(pictures_of(sd, captions, steps, likeness, TEST, sampler), clip)
+        if args.images:
+            made = statistics(images_of(sd, captions, steps, likeness, TEST, sampler), clip)
             distance = f"{fid.frechet_distance(*made, *drawn[0]):.2f}"
         print(f"| {sampler} | {steps} | {one:.1%} | {two:.1%} | {distance} |", flush=True)
 
@@ -506,7 +506,7 @@ def main() -> None:
     parser.add_argument("--iters", type=int, help="training steps of each part, instead of the default; for a taste")
     parser.add_argument("--evaluate", action="store_true", help="do not train; measure what is in --out")
     parser.add_argument("--count", type=int, default=1000, help="with --evaluate: prompts of each kind")
-    parser.add_argument("--pictures", type=int, default=1000, help="of a Frechet distance, with --evaluate; 0: none")
+    parser.add_argument("--images", type=int, default=1000, help="of a Frechet distance, with --evaluate; 0: none")
     parser.add_argument("--guidance", type=float, help="with --evaluate: take this one, do not look for the best")
     parser.add_argument("--batch-size", type=int, default=64, help="of the UNet")
     parser.add_argument("--scenes", type=int, default=100_000, help="how many scenes the UNet sees, again and again")
@@ -516,7 +516,7 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
     args = parser.parse_args()
-    with checkpoint.one_line_errors(parser, "stopped; the same command goes on from the last checkpoint"):
+    with one_line_errors(parser, "stopped; the same command goes on from the last checkpoint"):
         evaluate(args) if args.evaluate else train(args)
 
 

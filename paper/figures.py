@@ -25,19 +25,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
 import data
 import fid
-import miniature
 import reflow
 import sample
-import scenes
 import train
-from clip_score import ClipScore
-from loss import decomposed_velocity_loss
-from miniature import TEST, VALIDATION, statistics
-from model import InputError, StableDiffusion
-from runs import flow_scheduler
+from evaluation.clip_score import ClipScore
+from miniature import train as miniature
+from miniature.train import TEST, VALIDATION, statistics
+from model import MINIATURE, StableDiffusion, flow_scheduler
+from support import scenes
+from support.captions import read_prompts
+from support.errors import InputError, one_line_errors
+from support.files import fingerprint, write_between, write_text
+from support.images import image_grid, to_pixels
+from support.streams import draw_noise
 
 FINE = 32  # steps of a path that is looked at closely; of a diffusion model, this many DDIM steps
 SPLITS = {"validation": VALIDATION, "test": TEST}  # settings are chosen on one, reported on the other
@@ -60,28 +62,28 @@ def row_of(
     name: str, sd: StableDiffusion, steps: int, sampler: str | None, guidance: float, args: argparse.Namespace
 ) -> dict:
     """The scores of a model, measured now or kept from before."""
-    weights = sample.fingerprint(sd.unet.conv_in.weight, sd.unet.conv_out.weight)
+    weights = fingerprint(sd.unet.conv_in.weight, sd.unet.conv_out.weight)
     sampler = sample.check_sampler(sd, sampler, steps)
     key = {"model": name, "weights": weights, "sampler": sampler, "steps": steps, "guidance": guidance}
-    key |= {"split": args.split, "prompts": args.count, "pictures": args.pictures}
+    key |= {"split": args.split, "prompts": args.count, "images": args.images}
     if row := known(key, args.json):
         return row
     row = key | kept_to(sd, steps, guidance, sampler, SPLITS[args.split], args.count)
     told = f"one item {row['one item']:.1%}, two {row['two items']:.1%} of {args.count}"
-    if args.pictures:
-        clip, drawn = reference(args.clip, args.device, SPLITS[args.split], args.pictures)
-        row |= likeness(sd, steps, guidance, sampler, SPLITS[args.split], args.pictures, clip, drawn)
-        told += f"; Frechet {row['frechet']:.2f}, CLIP {row['clip']:.2f} of {args.pictures}"
+    if args.images:
+        clip, drawn = reference(args.clip, args.device, SPLITS[args.split], args.images)
+        row |= likeness(sd, steps, guidance, sampler, SPLITS[args.split], args.images, clip, drawn)
+        told += f"; Frechet {row['frechet']:.2f}, CLIP {row['clip']:.2f} of {args.images}"
     print(f"{name} ({sampler}), {steps} steps, guidance {guidance:g}: {told}", flush=True)
     write_rows(args.json, kept(args.json) + [row])  # read again: another `score` may run beside this one
     return row
 
 
 @functools.cache
-def reference(folder: Path, device: str, seed: int, pictures: int) -> tuple[ClipScore, tuple]:
+def reference(folder: Path, device: str, seed: int, images: int) -> tuple[ClipScore, tuple]:
     """The CLIP that judges, and the mean and covariance of so many drawn scenes in its features."""
     clip = ClipScore.load(folder, device)
-    drawn = (scenes.sample(seed, i)[0] for i in tqdm(range(pictures), desc="drawing scenes", leave=False))
+    drawn = (scenes.sample(seed, i)[0] for i in tqdm(range(images), desc="drawing scenes", leave=False))
     return clip, statistics(drawn, clip)
 
 
@@ -99,13 +101,13 @@ def likeness(
     guidance: float,
     sampler: str,
     seed: int,
-    pictures: int,
+    images: int,
     clip: ClipScore,
     drawn: tuple[np.ndarray, np.ndarray],
 ) -> dict[str, float]:
-    """How close so many pictures of this seed's captions are to `drawn` (mean, covariance), and to their captions."""
-    captions = [scenes.sample(seed, i)[1] for i in range(pictures)]
-    made = np.stack(list(miniature.pictures_of(sd, captions, steps, guidance, seed, sampler)))
+    """How close so many images of this seed's captions are to `drawn` (mean, covariance), and to their captions."""
+    captions = [scenes.sample(seed, i)[1] for i in range(images)]
+    made = np.stack(list(miniature.images_of(sd, captions, steps, guidance, seed, sampler)))
     fit = [clip.score(made[i : i + 100], captions[i : i + 100], "logits") for i in range(0, len(made), 100)]
     return {
         "frechet": round(fid.frechet_distance(*statistics(made, clip), *drawn), 3),
@@ -123,33 +125,30 @@ def known(key: dict, file: Path) -> dict | None:
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:
-    checkpoint.write_text(file, "[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
+    write_text(file, "[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
 
 
 @torch.no_grad()
 def errors(args: argparse.Namespace) -> None:
-    """How far a stage's velocities are off, window by window from noise to picture: at the starts of windows, where
+    """How far a stage's velocities are off, window by window from noise to image: at the starts of windows, where
     sampling in few steps asks, and at even times, where the paper trains. First, the teacher's weights as they are."""
     teacher = StableDiffusion.load(args.teacher, args.device)
     students = [StableDiffusion.load(path, args.device) for path in args.models]
     windows = students[0].windows
-    steps = train.solver_steps(teacher, windows, None)
-    samples = data.Samples(data.Scenes(VALIDATION), 0, (4, 8, 8), reflow.borders(windows), points=1)
-    items = torch.utils.data.default_collate([samples[i] | {"dropped": False} for i in range(args.count)])
+    samples = data.Samples(data.Scenes(VALIDATION), 0, (4, 8, 8), windows)
+    items = torch.utils.data.default_collate([samples[i] | {"uncond": False} for i in range(args.count)])
     batch = train.prepare(teacher, items, torch.device(args.device))
-    solve = train.teacher_solver(teacher, batch)
+    settings = argparse.Namespace(windows=windows, solver_steps=train.solver_steps(teacher, windows))
     for where in "start", "even":
         table = {name: [] for name in ["untrained", *(path.name for path in args.models)]}
-        for start, end in zip(reflow.borders(windows), reflow.borders(windows)[1:]):
-            place = (items["tau"][:, 0] - 1) * (start - end) // reflow.NOISE  # that in 1..1000, in this window
-            tau = end + 1 + place
-            tau = torch.full_like(tau, start) if where == "start" else tau
-            path = reflow.solve_window(solve, batch["z_0"], batch["noise"], tau, windows, steps, teacher.alphas_cumprod)
-            z, v = reflow.straight_line(*path, tau)
+        for start, end in zip(reflow.boundaries(windows), reflow.boundaries(windows)[1:]):
+            place = (batch["tau"] - 1) * (start - end) // reflow.NOISE  # that in 1..1000, in this window
+            tau = torch.full_like(batch["tau"], start) if where == "start" else end + 1 + place
+            here = batch | {"tau": tau}
+            trajectory = train.teacher_trajectory(teacher, teacher.unet, here, settings)
             for name, sd in zip(table, [teacher, *students]):
-                table[name].append(
-                    decomposed_velocity_loss(train.velocity_of(teacher, sd.unet, batch, windows)(z, tau), v, 0)[1]
-                )
+                loss = train.compute_loss(sd.unet, teacher, here, trajectory, windows, 0)
+                table[name].append(loss[1])
         for name, parts in table.items():
             for part in "mse", "cos":
                 told = " ".join(f"{window[part]:.4f}" for window in parts)
@@ -172,7 +171,7 @@ PAPER |= {("stage-3", "flow", 4): 10.70, ("stage-3", "flow", 2): 15.44}
 
 
 def table(args: argparse.Namespace) -> str:
-    """Rows of the test split in --json, as the README shows them: pictures at guidance 2, where they look best, or at
+    """Rows of the test split in --json, as the README shows them: images at guidance 2, where they look best, or at
     what was asked for; prompts kept to there, and at 4, which is `sample.py`'s."""
     head = "model", "sampler", "steps", "guidance", "evaluations", "Frechet", "CLIP", "one item", "two items"
     lines = [[*head, "one, guidance 4", "two, guidance 4", "paper's FID, SD1.5"], ["---"] * (len(head) + 3)]
@@ -193,7 +192,7 @@ def table(args: argparse.Namespace) -> str:
 
 
 def write_table(args: argparse.Namespace) -> None:
-    checkpoint.write_between(README, MARKS, table(args))
+    write_between(README, MARKS, table(args))
 
 
 class IdealUNet(nn.Module):
@@ -209,8 +208,8 @@ class IdealUNet(nn.Module):
     def forward(self, x: Tensor, tau: Tensor, *conditions) -> Tensor:
         grid = reflow.solver_grid(tau, self.windows, FINE // self.windows)
         z_e = reflow.ddim(lambda z, at: self.unet(z, at - 1, *conditions), x, self.alphas_cumprod, grid)
-        lam, eta = reflow.jump(*(reflow.alpha_bar(self.alphas_cumprod, at) for at in (grid[0], grid[-1])))
-        return (z_e - reflow.along(lam, x) * x) / reflow.along(eta, x)
+        lam, eta = reflow.ddim_coefficients(*(reflow.alpha_bar(self.alphas_cumprod, at) for at in (grid[0], grid[-1])))
+        return (z_e - reflow.append_dims(lam, x) * x) / reflow.append_dims(eta, x)
 
 
 def ideal_flow(teacher: StableDiffusion, windows: int) -> StableDiffusion:
@@ -229,20 +228,19 @@ def ideal_flow(teacher: StableDiffusion, windows: int) -> StableDiffusion:
 def velocity_of(sd: StableDiffusion, prompts: list[str], guidance: float) -> reflow.Network:
     """The field (z, tau) -> v that sampling follows. A diffusion model is taken as a flow of FINE windows, whose Euler
     steps are DDIM's."""
-    size = sample.check_size(sd, None)
-    epsilon = sample.guided_epsilon(sd, prompts, guidance, "", size, size)
-    return reflow.as_velocity(
-        epsilon, sd.alphas_cumprod, sd.windows or FINE, sd.prediction_type if sd.windows else "ddim_eps"
-    )
+    size = sd.image_size()
+    uncond = sd.conditions([""], size, size) if guidance != 1 else None
+    epsilon = sd.epsilon(sd.conditions(prompts, size, size), guidance, uncond)
+    return reflow.as_velocity(epsilon, sd.alphas_cumprod, sd.windows or FINE, sd.prediction_type)
 
 
 @torch.no_grad()
 def path_of(sd: StableDiffusion, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Sampling paths in FINE steps: times (FINE + 1,), from 1 to 0, and latents (FINE + 1, B, D)."""
     prompts = [scenes.prompt(TEST, i) for i in range(args.count)]
-    size = sample.check_size(sd, None) // sd.downscale
-    z = sample.draw_noise(TEST, list(range(args.count)), (sd.unet.cfg.in_channels, size, size)).to(sd.device)
-    velocity, grid = velocity_of(sd, prompts, args.guidance[0]), torch.tensor(reflow.borders(FINE))
+    size = sd.image_size() // sd.downscale
+    z = draw_noise(TEST, list(range(args.count)), (sd.unet.cfg.in_channels, size, size)).to(sd.device)
+    velocity, grid = velocity_of(sd, prompts, args.guidance[0]), torch.tensor(reflow.boundaries(FINE))
     path = [z]
     for step in zip(grid, grid[1:]):
         path.append(reflow.euler(velocity, path[-1], torch.stack(step)))
@@ -262,10 +260,10 @@ def velocities(args: argparse.Namespace) -> None:
         cosine = ((v @ v.transpose(1, 2)) / (length[:, :, None] * length[:, None])).mean(0)
         shown = ((distance, 0, 1.5, "distance"), (cosine, 0, 1, "cosine"))
         for axis, (matrix, low, high, name) in zip(axes[:, column], shown):
-            picture = axis.imshow(matrix.numpy(), vmin=low, vmax=high, extent=(1, 0, 0, 1), cmap="viridis")
+            image = axis.imshow(matrix.numpy(), vmin=low, vmax=high, extent=(1, 0, 0, 1), cmap="viridis")
             axis.set_title(f"{path.name}: {name}", fontsize=8)
             axis.tick_params(labelsize=6)
-            figure.colorbar(picture, ax=axis, fraction=0.045).ax.tick_params(labelsize=6)
+            figure.colorbar(image, ax=axis, fraction=0.045).ax.tick_params(labelsize=6)
         apart = [FINE // 8, FINE // 2]
         told = [f"{cosine.diagonal(k).mean():.3f} for times {k / FINE:g} apart" for k in apart]
         print(f"{path.name}: cosine {', '.join(told)}; distance {distance.diagonal(apart[1]).mean():.3f} at {0.5:g}")
@@ -329,8 +327,8 @@ def noise(args: argparse.Namespace) -> None:
     plt = pyplot()
 
     sd = StableDiffusion.load(args.models[0], args.device)
-    clip, drawn = reference(args.clip, args.device, TEST, args.pictures)
-    captions = [scenes.sample(TEST, i)[1] for i in range(args.pictures)]
+    clip, drawn = reference(args.clip, args.device, TEST, args.images)
+    captions = [scenes.sample(TEST, i)[1] for i in range(args.images)]
     grid = reflow.sampling_grid(max(8, sd.windows) if sd.windows else FINE, sd.windows or FINE)
     curves = {"direction": [], "magnitude": []}
     for kind, curve in curves.items():
@@ -339,9 +337,9 @@ def noise(args: argparse.Namespace) -> None:
             made = []
             for first in tqdm(range(0, len(captions), 100), desc=f"{kind}, {size:g}", leave=False):
                 few = captions[first : first + 100]
-                z = sample.draw_noise(TEST, list(range(first, first + len(few))), (4, 8, 8)).to(sd.device)
+                z = draw_noise(TEST, list(range(first, first + len(few))), (4, 8, 8)).to(sd.device)
                 field = perturbed(velocity_of(sd, few, args.guidance[0]), size, kind, generator)
-                made.extend(sample.to_pixels(sd.decode(reflow.euler(field, z, grid))))
+                made.extend(to_pixels(sd.decode(reflow.euler(field, z, grid))))
             curve.append(fid.frechet_distance(*statistics(made, clip), *drawn))
             print(f"noise of {size:g} |v| on the {kind}: Frechet distance {curve[-1]:.2f}", flush=True)
     figure, axis = plt.subplots(figsize=(4, 3))
@@ -372,8 +370,8 @@ def guidance(args: argparse.Namespace) -> None:
     """Figure 3: the Frechet distance and the share of prompts kept to (mean of both kinds) over guidance; and one over
     the other, where further left and up is better at every guidance."""
     plt = pyplot()
-    if not args.pictures:
-        raise InputError("guidance needs --pictures for its Frechet distances")
+    if not args.images:
+        raise InputError("guidance needs --images for its Frechet distances")
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
     for path, steps, sampler in map(specified, args.models):
@@ -406,15 +404,15 @@ def specified(spec: Path) -> tuple[Path, int, str | None]:
 
 def side(args: argparse.Namespace) -> None:
     """Figure 5: a row for each MODEL:STEPS[:SAMPLER], a column for each prompt; the same noise in every row."""
-    prompts = sample.read_prompts(args.prompts)[:8]
-    pictures, names = [], []
+    prompts = read_prompts(args.prompts)[:8]
+    images, names = [], []
     for path, steps, sampler in map(specified, args.models):
         sd = StableDiffusion.load(path, args.device)
         scale = sd.guidance_or_none(args.guidance[0])
-        pictures += list(sample.generate(sd, prompts, steps, scale, seed=0, sampler=sampler))
+        images += list(sample.generate(sd, prompts, steps, scale, seed=0, sampler=sampler))
         names += [f"{path.name}, {sampler or ''} {steps} steps"] + [""] * (len(prompts) - 1)
     args.out.mkdir(parents=True, exist_ok=True)
-    sample.contact_sheet(pictures, names, len(prompts)).save(args.out / "side.png")
+    image_grid(images, names, len(prompts)).save(args.out / "side.png")
     print(f"wrote {args.out / 'side.png'}")
 
 
@@ -441,18 +439,18 @@ def main() -> None:
     parser.add_argument("--sampler", choices=sample.SAMPLERS, help="of `score`; default: flow or ddim")
     parser.add_argument("--ideal", type=int, metavar="WINDOWS", help="`score` the flow that MODEL could at best become")
     parser.add_argument("--split", choices=SPLITS, default="validation", help="captions and seeds that `score` uses")
-    parser.add_argument("--teacher", type=Path, default=sample.MINIATURE, help="of `errors`")
+    parser.add_argument("--teacher", type=Path, default=MINIATURE, help="of `errors`")
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind, and paths")
-    parser.add_argument("--pictures", type=int, default=1000, help="of a Frechet distance; 0: prompts alone")
+    parser.add_argument("--images", type=int, default=1000, help="of a Frechet distance; 0: prompts alone")
     parser.add_argument("--sizes", type=float, nargs="+", default=[0, 0.05, 0.1, 0.2, 0.3], help="of `noise`, in |v|")
     parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "docs/demo_prompts.txt")
     parser.add_argument("--clip", type=Path, default=Path(__file__).parent / "weights/miniature-clip")
-    parser.add_argument("--out", type=Path, default=Path("out/figures"), help="folder for pictures")
+    parser.add_argument("--out", type=Path, default=Path("out/figures"), help="folder for images")
     results = Path(__file__).parent / "docs/results/scores.json"
     parser.add_argument("--json", type=Path, default=results, help="where `score` keeps its rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    with checkpoint.one_line_errors(parser):
+    with one_line_errors(parser):
         if not args.models and args.what != "table":
             raise InputError(f"{args.what} needs a model folder")
         COMMANDS[args.what](args)

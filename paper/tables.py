@@ -21,17 +21,18 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import figures
-import miniature
 import sample
 import train
-from model import InputError, StableDiffusion
-from runs import start_training
+from miniature import train as miniature
+from model import MINIATURE, StableDiffusion
+from paper import figures
+from support.errors import InputError, one_line_errors
+from support.files import fingerprint, write_between
+from support.runs import start_training
 
 ROOT = Path(__file__).parent
 POINTS = 64  # shown to the student in an update, of 16 paths with 4 points each or of 64 with one
-GUIDANCE = 2.0  # when sampling; chosen on validation pictures of the teacher, see the README
+GUIDANCE = 2.0  # when sampling; chosen on validation images of the teacher, see the README
 CLEAR = 4.0  # a second one, where prompts are kept to best: the default of sample.py
 
 
@@ -138,11 +139,11 @@ def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> t
 
 def measure(sd: StableDiffusion, steps: int, sampler: str, args: argparse.Namespace) -> dict:
     """A model's scores on the test split."""
-    clip, drawn = figures.reference(args.clip, args.device, miniature.TEST, args.pictures)
+    clip, drawn = figures.reference(args.clip, args.device, miniature.TEST, args.images)
     guidance = sd.guidance_or_none(GUIDANCE)
     began = time.time()
     scores = figures.kept_to(sd, steps, guidance, sampler, miniature.TEST, args.prompts)
-    scores |= figures.likeness(sd, steps, guidance, sampler, miniature.TEST, args.pictures, clip, drawn)
+    scores |= figures.likeness(sd, steps, guidance, sampler, miniature.TEST, args.images, clip, drawn)
     if guidance == GUIDANCE:
         clear = figures.kept_to(sd, steps, CLEAR, sampler, miniature.TEST, args.prompts)
         scores |= {f"{kind}, guidance {CLEAR:g}": clear[kind] for kind in ("one item", "two items")}
@@ -153,9 +154,9 @@ def run(args: argparse.Namespace) -> None:
     if not (args.data / "made_of.json").exists():
         raise InputError(f"{args.data} holds no latents; make them: python data.py cache --out {args.data}")
     teacher = StableDiffusion.load(args.teacher, args.device)
-    weights = sample.fingerprint(teacher.unet.conv_in.weight, teacher.unet.conv_out.weight)
+    weights = fingerprint(teacher.unet.conv_in.weight, teacher.unet.conv_out.weight)
     args.out /= weights  # another teacher, other flows
-    sizes = {"teacher": weights, "prompts": args.prompts, "pictures": args.pictures}
+    sizes = {"teacher": weights, "prompts": args.prompts, "images": args.images}
     for solver, steps in SOLVERS:
         key = {"method": solver, "steps": steps, **sizes}
         if solver in args.methods and not figures.known(key, args.json):
@@ -319,24 +320,24 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[*everything, *FIGURE_4], default=everything, help="rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
     parser.add_argument("--cost", type=int, nargs="+", default=[COST], help="evaluations in one stage of ProReflow")
-    parser.add_argument("--teacher", type=Path, default=sample.MINIATURE, help="the diffusion model")
+    parser.add_argument("--teacher", type=Path, default=MINIATURE, help="the diffusion model")
     parser.add_argument("--data", type=Path, default=Path("out/latents"), help="its cached latents")
     parser.add_argument("--prompts", type=int, default=500, help="of each kind, to judge")
-    parser.add_argument("--pictures", type=int, default=5000, help="of a Frechet distance")
+    parser.add_argument("--images", type=int, default=5000, help="of a Frechet distance")
     parser.add_argument("--clip", type=Path, default=ROOT / "weights/miniature-clip")
     parser.add_argument("--out", type=Path, default=Path("out/experiments"), help="folder of the trained flows")
     parser.add_argument("--json", type=Path, default=ROOT / "docs/results/experiments.json", help="where rows are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--table", action="store_true", help="no run: what --json holds, into the README")
     args = parser.parse_args()
-    with checkpoint.one_line_errors(parser, "stopped; the same command goes on where it was"):
+    with one_line_errors(parser, "stopped; the same command goes on where it was"):
         if not args.table:
             run(args)
         elif not (measured := figures.kept(args.json)):
             raise InputError(f"{args.json} holds no rows yet; run the experiments first")
         else:
             rows = of_one_teacher(measured)
-            checkpoint.write_between(figures.README, MARKS, table(rows, max(args.cost)))
+            write_between(figures.README, MARKS, table(rows, max(args.cost)))
             if len({row["cost of a stage"] for row in rows if row["method"] in ("perflow", "i")}) > 1:
                 curve(rows, ROOT / "docs/figures/cost.png")
             if {row["method"] for row in rows} & FIGURE_4.keys():

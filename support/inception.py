@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from checkpoint import InputError, first
+from support.errors import InputError
+from support.files import listed
 
 PUBLISHED = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
@@ -153,9 +154,9 @@ class Inception(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, 299, 299) in [0, 1], made by `clean` or `legacy` -> features (B, 2048), the last average."""
+        """Images (B, 3, 299, 299) in [0, 1], made by `clean` or `legacy` -> features (B, 2048), the last average."""
         if images.shape[1:] != (3, 299, 299):
-            raise InputError(f"the FID network takes pictures (B, 3, 299, 299), not {tuple(images.shape)}")
+            raise InputError(f"the FID network takes images (B, 3, 299, 299), not {tuple(images.shape)}")
         # On GPUs, convolutions round to 10 bits (TF32) unless told otherwise; that is no longer the same FID.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * images - 1)))  # (B, 64, 147, 147)
@@ -174,15 +175,15 @@ class Inception(nn.Module):
         wanted = {name: w for name, w in self.state_dict().items() if not name.endswith("num_batches_tracked")}
         found = {name: w for name, w in found.items() if not name.endswith("num_batches_tracked")}
         if missing := sorted(wanted.keys() - found.keys()):
-            problems.append(f"{len(missing)} missing ({first(missing)})")
+            problems.append(f"{len(missing)} missing ({listed(missing)})")
         if extra := sorted(found.keys() - wanted.keys()):
-            problems.append(f"{len(extra)} that it does not have ({first(extra)})")
+            problems.append(f"{len(extra)} that it does not have ({listed(extra)})")
         for name in sorted(wanted.keys() & found.keys()):
             kind, due = (f"{w.dtype} {tuple(w.shape)}" for w in (found[name], wanted[name]))
             if kind != due:
                 problems.append(f"{name} is {kind}, should be {due}")
         if problems:
-            raise InputError(f"{file}: not the tensors of the FID network: {first(problems, 4)}; get {PUBLISHED}")
+            raise InputError(f"{file}: not the tensors of the FID network: {listed(problems, 4)}; get {PUBLISHED}")
         self.load_state_dict(self.state_dict() | found)
         return self
 

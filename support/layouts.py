@@ -1,15 +1,9 @@
-"""Checkpoints that name their tensors otherwise: single files, old folders, weight differences.
+"""Checkpoints that name their tensors otherwise: single files, old folders.
 
 Our attribute names are those of the official folders, so most models load without renaming. This file holds all the
 exceptions: for each of our tensors, where it is found in such a file, and how. `model.py` uses it when loading.
-
-    python convert.py v1-5-pruned-emaonly.safetensors OUT --tokenizer DIR       a single file -> a model folder
-    python convert.py BASE OUT --delta FILE --windows 4 --prediction-type diff_eps     base + PeRFlow's difference
-    python convert.py FOLDER OUT.safetensors                                    and back: a folder -> a single file
-    python convert.py FLOW OUT.safetensors --difference-from BASE               a flow -> its difference, as PeRFlow's
 """
 
-import argparse
 import re
 from collections.abc import Callable, Iterable
 
@@ -273,37 +267,3 @@ SDXL = {
 for removed in "requires_safety_checker", "safety_checker":
     del SDXL["model_index"][removed]  # the SDXL pipeline has none
 OFFICIAL = {"SD1.5": SD15, "SDXL": SDXL}
-
-
-def main() -> None:
-    from checkpoint import one_line_errors
-    from model import StableDiffusion, add_delta, save_delta  # here, because model.py imports this file
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a single .safetensors file of SD1.5 or SDXL, or a model folder")
-    parser.add_argument("out", help="the model folder to write, or a .safetensors file")
-    parser.add_argument("--tokenizer", help="folder of the tokenizer(s); single files hold none")
-    parser.add_argument("--delta", help="safetensors file of UNet weight differences to add, as PeRFlow publishes them")
-    parser.add_argument("--windows", type=int, help="with --delta: the number of windows of the flow")
-    parser.add_argument("--prediction-type", choices=["ddim_eps", "diff_eps"], help="with --delta: what it predicts")
-    parser.add_argument("--difference-from", metavar="BASE", help="write the UNet's difference from this model's alone")
-    args = parser.parse_args()
-    if args.delta and not (args.windows and args.prediction_type):
-        parser.error("--delta also needs --windows and --prediction-type (PeRFlow's SD1.5: 4 and diff_eps)")
-    if args.difference_from and not args.out.endswith(".safetensors"):
-        parser.error("--difference-from writes one file: let OUT end in .safetensors")
-    with one_line_errors(parser):
-        sd = StableDiffusion.load(args.source, dtype=None, tokenizer=args.tokenizer)
-        if args.delta:
-            add_delta(sd, args.delta, args.windows, args.prediction_type)
-        if args.difference_from:
-            save_delta(sd, StableDiffusion.load(args.difference_from, dtype=None, tokenizer=args.tokenizer), args.out)
-        else:
-            sd.save(args.out)
-    print(f"wrote {args.out}")
-    if sd.windows and args.out.endswith(".safetensors"):
-        print(f"it does not say that it is a flow of {sd.windows} windows, {sd.prediction_type}; its user has to know")
-
-
-if __name__ == "__main__":
-    main()

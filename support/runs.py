@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from model import NETWORKS, InputError, StableDiffusion
-from unet import UNet
+from support.errors import InputError
+from support.files import read_json, replace_folder, write_json, write_text
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -33,8 +32,8 @@ def save_checkpoint(run: Path, step: int, parts: dict[str, object], settings: di
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": step}, aside / "state.pt")
-    checkpoint.write_json(aside / "settings.json", settings)
-    checkpoint.replace_folder(aside, folder)
+    write_json(aside / "settings.json", settings)
+    replace_folder(aside, folder)
     for older in checkpoints(run):
         if older != folder:
             shutil.rmtree(older, ignore_errors=True)
@@ -46,7 +45,7 @@ def load_checkpoint(run: Path, parts: dict[str, object], settings: dict, device:
     if not checkpoints(run):
         return 0
     folder = checkpoints(run)[-1]
-    before = checkpoint.read_json(folder / "settings.json")
+    before = read_json(folder / "settings.json")
     for name, value in settings.items():
         if before.get(name) != value:
             raise InputError(f"{folder} was made with {name} {before.get(name)}, not {value}; --resume keeps settings")
@@ -60,81 +59,40 @@ def load_checkpoint(run: Path, parts: dict[str, object], settings: dict, device:
     return state["step"]
 
 
-def flow_scheduler(teacher: StableDiffusion, windows: int, guidance: float = 1.0) -> dict:
-    """The scheduler settings that make a flow of a model, as PeRFlow's tools read them; and the guidance that its paths
-    hold, which `sample.py` looks at."""
-    form = teacher.prediction_type if teacher.windows else "ddim_eps"
-    flow = {"_class_name": "PeRFlowScheduler", "num_time_windows": windows, "prediction_type": form}
-    return teacher.configs["scheduler"] | flow | ({} if guidance == 1 else {"trained_guidance": guidance})
-
-
-def save_flow(unet: UNet, scheduler: dict, base: Path, out: Path, dtype: torch.dtype) -> None:
-    """Write the flow as a complete model folder: a new UNet and scheduler, and all other parts of `base`, hard-linked
-    where the file system can. It appears whole or not at all."""
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    parts = [name for name in checkpoint.read_json(base / "model_index.json") if (base / name).is_dir()]
-    files = [file for part in parts for file in sorted((base / part).rglob("*")) if file.is_file()]
-    for file in [base / "model_index.json", *files]:
-        new = aside / file.relative_to(base)
-        weights_of_unet = file.parent == base / "unet" and file.name != "config.json"
-        if file.suffix in checkpoint.PICKLES or weights_of_unet:
-            continue
-        new.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(file.resolve(), new)
-        except OSError:
-            shutil.copyfile(file, new)
-    (aside / "scheduler/scheduler_config.json").unlink()  # else the link's other end would change, too
-    checkpoint.write_json(aside / "scheduler/scheduler_config.json", scheduler)
-    weights = {name: weight.to(dtype) for name, weight in unet.state_dict().items()}
-    checkpoint.write_tensors(aside / f"unet/{NETWORKS['unet'][2]}.safetensors", weights)
-    checkpoint.replace_folder(aside, out)
-
-
 def start_training(arguments: list, processes: int, threads: int, **how) -> subprocess.CompletedProcess:
     """Run train.py under torchrun, in so many processes of so many threads; `how` is for `subprocess.run`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    command += [Path(__file__).parent / "train.py", *arguments]
+    command += [Path(__file__).parent.parent / "train.py", *arguments]
     return subprocess.run([str(part) for part in command], env=os.environ | {"OMP_NUM_THREADS": str(threads)}, **how)
 
 
 class Log:
-    """run/log.jsonl, one line per `every` steps with their means; and the same on the progress bar."""
+    """run/log.jsonl, one line per update; and a running mean on the progress bar."""
 
     def __init__(self, run: Path, step: int, args: argparse.Namespace, quiet: bool):
-        self.file, self.every, self.quiet = run / "log.jsonl", args.log_every, quiet
-        self.sums, self.count, self.since = None, 0, time.time()
+        self.file, self.quiet, self.mean, self.since = run / "log.jsonl", quiet, None, time.time()
         self.bar = tqdm(total=args.iters, initial=step, disable=quiet, desc=args.name)
         if not quiet:  # what a resumed run does again is not to be in the log twice
             kept = [line for line in self.lines() if json.loads(line)["step"] <= step]
-            checkpoint.write_text(self.file, "".join(kept))
+            write_text(self.file, "".join(kept))
 
     def lines(self) -> list[str]:
         whole = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
         return [line for line in whole if line.endswith("}\n")]  # the last one may have been cut off
 
-    def add(self, step: int, numbers: dict[str, float], evaluations: int) -> None:
+    def add(self, step: int, numbers: dict[str, float]) -> None:
+        """Numbers of update `step`, counted from 1."""
         self.bar.update()
-        self.sums = {name: number + (self.sums or {}).get(name, 0) for name, number in numbers.items()}
-        self.count += 1
-        if self.quiet or step % self.every:
+        if self.quiet:
             return
-        seconds = time.time() - self.since
-        line = {name: total / self.count for name, total in self.sums.items()}
-        line["left_out"] = self.sums["left_out"]  # pictures that could not be read: how many, not how many per step
-        line |= {"step": step, "evaluations_per_second": evaluations * self.count / seconds}
+        line = {"step": step} | {name: float(f"{number:.6g}") for name, number in numbers.items()}
+        line["seconds"], self.since = round(time.time() - self.since, 3), time.time()
         if torch.cuda.is_initialized():
-            line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         with self.file.open("a") as file:
-            file.write(
-                json.dumps({name: float(f"{number:.6g}") for name, number in line.items()} | {"step": step}) + "\n"
-            )
-        shown = {"loss": line["loss"], "mse": line["mse"], "cos": line["cos"]}
-        self.bar.set_postfix(
-            {k: f"{v:.4f}" for k, v in shown.items()} | {"NFE/s": f"{line['evaluations_per_second']:.0f}"}
-        )
-        self.sums, self.count, self.since = None, 0, time.time()
+            file.write(json.dumps(line) + "\n")
+        self.mean = numbers["loss"] if self.mean is None else 0.98 * self.mean + 0.02 * numbers["loss"]
+        self.bar.set_postfix(loss=f"{self.mean:.4f}")
 
 
 class Stop:

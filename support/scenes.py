@@ -1,10 +1,10 @@
-"""The miniature's data set: drawn scenes with captions, and a judge that can tell whether a picture keeps to a caption.
+"""The miniature's data set: drawn scenes with captions, and a judge that can tell whether an image keeps to a caption.
 
 A scene is two to four colored shapes on a background. Its caption names only part of what is there, so that many
-pictures fit one caption, as with real captions. And since we know how scenes are drawn we can read pictures back: "does
-it follow the prompt?" has an exact answer, where real pictures need a learned score.
-    forward   make_scene -> draw: a picture      choose_facts -> say: a caption
-    backward  parse: what the picture shows      claims: what the caption says      judge: do they agree?
+images fit one caption, as with real captions. And since we know how scenes are drawn we can read images back: "does
+it follow the prompt?" has an exact answer, where real images need a learned score.
+    forward   make_scene -> draw: an image      choose_facts -> say: a caption
+    backward  parse: what the image shows      claims: what the caption says      judge: do they agree?
 Read next: miniature.py, which trains a whole Stable Diffusion on these.
 """
 
@@ -15,6 +15,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
+
+from support import streams
+from support.streams import stream
 
 SIZE = 64  # pixels; pixel j covers [j, j + 1), so its center is j + 0.5
 Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
@@ -86,7 +89,7 @@ def make_scene(rng) -> Scene:
 
 
 def place(rng, shape, color, others) -> Item | None:
-    """An item inside the picture and at least 3 pixels from the others; None if a few tries find no room."""
+    """An item inside the image and at least 3 pixels from the others; None if a few tries find no room."""
     size = pick(rng, list(SIZES))
     radius, tilt = rng.uniform(*SIZES[size]), rng.uniform(-0.1, 0.1)
     rgb = np.array(COLORS[color]) * rng.uniform(0.88, 1.06) + rng.uniform(-12, 12, 3)
@@ -130,7 +133,7 @@ def draw(scene: Scene) -> np.ndarray:
 
 # ---------------------------------------------------------------- captions: said of a scene, and understood
 
-# Sides of the picture in x and in y: -1, 1, or 0 for the middle; None is not told.
+# Sides of the image in x and in y: -1, 1, or 0 for the middle; None is not told.
 POSITIONS = {"on the left": (-1, None), "on the right": (1, None), "at the top": (None, -1), "at the bottom": (None, 1)}
 POSITIONS |= {"at the top left": (-1, -1), "at the top right": (1, -1), "at the bottom left": (-1, 1)}
 POSITIONS |= {"at the bottom right": (1, 1), "in the center": (0, 0), "in the middle": (0, 0)}
@@ -155,13 +158,13 @@ class Named:
 class Claims:
     items: list[Named]
     relation: str | None = None  # of the first item to the second
-    count: int | None = None  # of all items in the picture
+    count: int | None = None  # of all items in the image
     tone: str | None = None
     pattern: str | None = None
 
 
 def lies(item, position, margin):
-    """Is the item on that side of the picture, by `margin` picture widths? The middle reaches 0.2 from the center."""
+    """Is the item on that side of the image, by `margin` image widths? The middle reaches 0.2 from the center."""
     for at, side in zip((item.x, item.y), POSITIONS[position]):
         offset = at / SIZE - 0.5
         if side is not None and margin >= (side * offset if side else 0.2 - abs(offset)):
@@ -214,7 +217,7 @@ def falsify(facts: Claims, scene: Scene, rng) -> Claims:
 
 def say(facts: Claims, rng) -> str:
     count_first = facts.count is not None and rng.random() < 0.5
-    text = pick(rng, ("", "", "", "", "a picture of ", "there are " if count_first else "there is "))
+    text = pick(rng, ("", "", "", "", "an image of ", "there are " if count_first else "there is "))
     text += f"{NUMBERS[facts.count]} shapes, one of them " if count_first else ""
     phrases = []
     for name in facts.items:
@@ -234,7 +237,7 @@ def one_of(options):
 
 ITEM = f"(?:a|one) (?:{one_of(SIZES)} )?{one_of(COLORS)} {one_of(SHAPES)}(?: {one_of(POSITIONS)})?"
 CAPTION = re.compile(
-    f"(?:a picture of |there is |there are )?(?:{one_of(NUMBERS[2:])} shapes, one of them )?{ITEM}"
+    f"(?:an image of |there is |there are )?(?:{one_of(NUMBERS[2:])} shapes, one of them )?{ITEM}"
     f"(?:(?:,| and| {one_of(RELATIONS)}) {ITEM})?(?: and {one_of(NUMBERS[1:4])} other shapes?)?"
     f"(?:(?: on a|,)(?! background)(?: {one_of(TONES)})?(?: {one_of(PATTERNS)})? background)?"
 )
@@ -254,12 +257,12 @@ def claims(caption: str) -> Claims:
 
 def words() -> list[str]:
     """Every word of the captions, for the tokenizer; besides these there is only the comma."""
-    glue = "a picture of there is are shapes one them and other shape on background two three four"
+    glue = "an image of there is are shapes one them and other shape on background two three four"
     phrases = (glue, *SIZES, *COLORS, *SHAPES, *POSITIONS, *RELATIONS, *TONES, *PATTERNS)
     return sorted(set(" ".join(phrases).split()))
 
 
-# ---------------------------------------------------------------- the way back: what does a picture show?
+# ---------------------------------------------------------------- the way back: what does an image show?
 
 # A color without its gray part. A pixel that an item covers by half is about half as colorful as the item, whatever the
 # (nearly gray) background: colorfulness reads as coverage.
@@ -268,7 +271,7 @@ LENGTH = np.linalg.norm(CHROMA, axis=1)
 
 
 def parse(image: np.ndarray) -> Scene:
-    """The items and the background of a (64, 64, 3) uint8 picture. A blob like none of our shapes is "unknown"."""
+    """The items and the background of a (64, 64, 3) uint8 image. A blob like none of our shapes is "unknown"."""
     image = image.astype(np.float32)
     along = (image - image.mean(2, keepdims=True)) @ (CHROMA / LENGTH[:, None]).T  # (64, 64, colors)
     nearest = along.argmax(2)
@@ -302,7 +305,7 @@ def background(gray, free):
     wave = np.where(free, ndimage.uniform_filter(gray, 3) - mean, 0)
     if wave[free].std() < 4:
         return tone, "plain"
-    # The strongest wave has (fy, fx) periods per picture. A gradient is less than two. Checks, sin x sin y, come with a
+    # The strongest wave has (fy, fx) periods per image. A gradient is less than two. Checks, sin x sin y, come with a
     # mirror image (-fy, fx); stripes are alone.
     power = abs(np.fft.rfft2(wave)) ** 2
     fy, fx = np.unravel_index(power.argmax(), power.shape)
@@ -331,7 +334,7 @@ def holds(facts: Claims, scene: Scene) -> bool:
 
 
 def judge(image: np.ndarray, caption: str) -> bool:
-    """Does the picture show all that the caption says?"""
+    """Does the image show all that the caption says?"""
     return holds(claims(caption), parse(image))
 
 
@@ -339,16 +342,21 @@ def judge(image: np.ndarray, caption: str) -> bool:
 
 
 def sample(seed: int, index: int) -> tuple[np.ndarray, str]:
-    """Picture `index` of data set `seed`, (64, 64, 3) uint8, with its caption."""
+    """Image `index` of data set `seed`, (64, 64, 3) uint8, with its caption."""
     scene, caption = scene_and_caption(seed, index)
     return draw(scene), caption
 
 
-def scene_and_caption(seed: int, index: int, detail: float = 0.4) -> tuple[Scene, str]:
-    """Scene `index` of data set `seed`, not drawn, and a caption; `detail` as in `choose_facts`."""
-    rng = np.random.default_rng((seed, index))
-    scene = make_scene(rng)
-    return scene, say(some_facts(scene, rng, detail), rng)
+def scene_and_caption(seed: int, index: int) -> tuple[Scene, str]:
+    """Scene `index` of data set `seed`, not drawn, and its caption."""
+    scene, rng = make_scene(stream(streams.SCENE, seed, index)), stream(streams.CAPTION, seed, index)
+    return scene, say(some_facts(scene, rng), rng)
+
+
+def detailed_caption(seed: int, index: int, detail: float) -> str:
+    """Another caption of scene `index`, that tells more; `detail` as in `choose_facts`."""
+    scene, rng = make_scene(stream(streams.SCENE, seed, index)), stream(streams.DETAILED_CAPTION, seed, index)
+    return say(some_facts(scene, rng, detail), rng)
 
 
 def some_facts(scene: Scene, rng, detail: float = 0.4) -> Claims:
@@ -369,6 +377,6 @@ def captions(scene: Scene, rng, wrong: int) -> list[str]:
 
 
 def prompt(seed: int, index: int, named: int = 1) -> str:
-    """A caption that names one or two items and no more, for evaluation. Take a seed that no training picture used."""
-    rng = np.random.default_rng((seed, index))
+    """A caption that names one or two items and no more, for evaluation. Take a seed that no training image used."""
+    rng = stream(streams.PROMPT, seed, index, named)
     return say(choose_facts(make_scene(rng), rng, named), rng)

@@ -4,55 +4,19 @@ A network is built on the `meta` device, where tensors have a shape but no memor
 file as they are: nothing is initialized only to be overwritten. A tensor that needs no other dtype or device stays a
 view of the mapped file, which the system reads when it is first used.
 
-Read `model.py` first; this is what its `load` and `save` stand on. Where names differ, `convert.py` knows.
+Read `model.py` first; this is what its `load` and `save` stand on. Where names differ, `layouts.py` knows.
 """
 
-import argparse
-import contextlib
 import dataclasses
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from convert import Source, is_no_parameter
-
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-
-
-class InputError(ValueError):
-    """What we were given is wrong. The message is one line: what is wrong, and what to do about it."""
-
-
-@contextlib.contextmanager
-def one_line_errors(parser: argparse.ArgumentParser, stopped: str = "stopped") -> Iterator[None]:
-    """How a command that cannot go on ends: one line and exit code 2 for a user's mistake, 130 for Ctrl-C."""
-    try:
-        yield
-    except InputError as error:
-        reason = str(error).strip().rpartition("InputError: ")[2]  # a loader's process sends its traceback along
-        parser.exit(2, f"error: {reason}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{stopped}\n")
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("no names and values in braces")
-        return content
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; a model folder in the official layout has it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}); fetch the file again") from None
+from support.errors import InputError
+from support.files import PICKLES, listed, read_json, refuse_pickle
+from support.layouts import Source, is_no_parameter
 
 
 def read_config(config_class: type, settings: dict, where: str):
@@ -81,12 +45,6 @@ def read_config(config_class: type, settings: dict, where: str):
 
 def as_tuple(value) -> tuple:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def refuse_pickle(path: Path) -> None:
-    raise InputError(
-        f"{path} is a pickle, which can run any code when it is opened; get the .safetensors file of the same model"
-    )
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -165,9 +123,9 @@ def compare(empty: dict[str, torch.Tensor], sources: dict[str, Source], files: d
     wanted = {name for name, _ in sources.values()}
     problems = []
     if missing := sorted(wanted - files.keys()):
-        problems.append(f"{len(missing)} missing ({first(missing)})")
+        problems.append(f"{len(missing)} missing ({listed(missing)})")
     if extra := sorted(name for name in files.keys() - wanted if not is_no_parameter(name)):
-        problems.append(f"{len(extra)} that the network does not have ({first(extra)})")
+        problems.append(f"{len(extra)} that the network does not have ({listed(extra)})")
     shapes = {}
     for file in set(files.values()):
         with safe_open(file, framework="pt") as tensors:
@@ -182,52 +140,6 @@ def compare(empty: dict[str, torch.Tensor], sources: dict[str, Source], files: d
             if found != tuple(empty[key].shape):
                 misshapen.append(f"{name} is {found}, should be {tuple(empty[key].shape)}")
     if misshapen:
-        problems.append(f"{len(misshapen)} of another shape ({first(misshapen)})")
+        problems.append(f"{len(misshapen)} of another shape ({listed(misshapen)})")
     if problems:
         raise InputError(f"{where}: the tensors do not fit the config: {'; '.join(problems)}")
-
-
-def first(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file that other libraries read, too. It appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    try:
-        # transformers reads a weight file only if its metadata says which framework wrote it
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, {"format": "pt"})
-        umask = os.umask(0)
-        os.umask(umask)
-        aside.chmod(0o666 & ~umask)  # the library makes files that only their owner can read
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    aside = path.with_suffix(".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
-
-
-def write_between(path: Path, marks: tuple[str, str], text: str) -> None:
-    """Replace what stands between two marks in a text file."""
-    before, rest = path.read_text(encoding="utf-8").split(marks[0])
-    write_text(path, before + marks[0] + text + marks[1] + rest.split(marks[1])[1])
-
-
-def replace_folder(aside: Path, path: Path) -> None:
-    """Move a finished folder into its place, where an older one may be."""
-    old = Path(tempfile.mkdtemp(prefix=f"{path.name}.old-", dir=path.parent))
-    if path.exists():
-        path.rename(old / path.name)
-    aside.rename(path)
-    shutil.rmtree(old, ignore_errors=True)

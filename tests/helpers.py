@@ -23,8 +23,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from checkpoint import InputError, build
 from model import StableDiffusion
+from support.errors import InputError
+from support.weights import build
 
 MERGES = ["t h", "th e</w>", "r e", "re d</w>", "c a", "ca t</w>", "a</w> b", "i n", "o n</w>"]
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -147,7 +148,7 @@ def sd15_pipeline(folder):
 
 
 def sdxl_pipeline(folder):
-    """SDXL in small: deeper transformers with linear projections, two text encoders, picture sizes as a condition."""
+    """SDXL in small: deeper transformers with linear projections, two text encoders, image sizes as a condition."""
     return StableDiffusionXLPipeline(
         unet=randomize(UNet2DConditionModel(**UNET_XL), 4),
         vae=randomize(AutoencoderKL(**VAE | {"force_upcast": True, "scaling_factor": 0.13025}), 5),
@@ -199,13 +200,13 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # equal sums need equally ma
 
 
 def write_shard(file, keys, broken=(), captions=True, facts=None):
-    """A tar file as img2dataset writes it: a picture, KEY.txt and KEY.json per sample; the color tells the key."""
+    """A tar file as img2dataset writes it: an image, KEY.txt and KEY.json per sample; the color tells the key."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file, "w") as tar:
         for key in keys:
-            picture = io.BytesIO()
-            Image.new("RGB", (96, 64), (key % 256, key // 256, 99)).save(picture, "png")
-            content = b"no picture" if key in broken else picture.getvalue()
+            image = io.BytesIO()
+            Image.new("RGB", (96, 64), (key % 256, key // 256, 99)).save(image, "png")
+            content = b"no image" if key in broken else image.getvalue()
             parts = {"png": content, "json": json.dumps({"caption": f"fact {key}"} | (facts or {})).encode()}
             if captions:
                 parts["txt"] = f"caption {key}".encode()

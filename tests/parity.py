@@ -22,14 +22,14 @@ from diffusers.models import transformers as blocks
 from helpers import randomize
 from torch import Tensor, nn
 
-import convert
 import unet
-from checkpoint import build, read_config
 from clip_text import ClipText, ClipTextConfig
+from support import layouts
+from support.weights import build, read_config
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-SD15, SDXL = convert.SD15, convert.SDXL
+SD15, SDXL = layouts.SD15, layouts.SDXL
 Row = tuple[str, str, Callable[[], tuple[Tensor, Tensor]], float]  # module, configuration, run -> (ours, theirs), bound
 
 
@@ -125,7 +125,7 @@ def run_vae(settings: dict, what: str, dtype: torch.dtype = torch.float32):
     if what == "encode":
         images = draw(1, 3, 128, 96).clamp(-1, 1).to(dtype)
         return torch.cat(mine.encode(images)), torch.cat(theirs.encode(images).latent_dist.parameters.chunk(2, dim=1))
-    # Some CPUs have no fast bf16 convolution for the reference's memory order: minutes, if the picture is not small.
+    # Some CPUs have no fast bf16 convolution for the reference's memory order: minutes, if the image is not small.
     size = (16, 12) if dtype == torch.float32 else (4, 3)
     latents = draw(1, 4, *size).to(dtype)
     return mine.decode(latents), theirs.decode(latents).sample

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-import bench
-import convert
+from support import layouts
+from tools import bench
 
 
 def test_a_ratio_is_of_medians_and_its_spread_of_single_runs(monkeypatch, capsys):
@@ -55,28 +55,28 @@ def test_a_merging_stage_asks_its_teacher_twice_and_perflow_eight_times(monkeypa
 
 # SD1.5 as narrow as it can be, to try what is meant for its full size.
 SMALL = {
-    "unet": convert.SD15["unet"] | {"block_out_channels": [32] * 4, "cross_attention_dim": 32, "sample_size": 16},
-    "vae": convert.SD15["vae"] | {"block_out_channels": [32] * 4},
-    "text_encoder": convert.SD15["text_encoder"]
+    "unet": layouts.SD15["unet"] | {"block_out_channels": [32] * 4, "cross_attention_dim": 32, "sample_size": 16},
+    "vae": layouts.SD15["vae"] | {"block_out_channels": [32] * 4},
+    "text_encoder": layouts.SD15["text_encoder"]
     | {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1},
 }
 
 
-def test_both_pipelines_draw_pictures_of_the_model_of_random_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.convert, "SD15", convert.SD15 | SMALL)
-    pictures, compare = {}, bench.compare
+def test_both_pipelines_draw_images_of_the_model_of_random_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.convert, "SD15", layouts.SD15 | SMALL)
+    images, compare = {}, bench.compare
 
     def drawn(what, sides, *more):
-        pictures.update({side: call() for side, call in sides.items()})
+        images.update({side: call() for side, call in sides.items()})
         return compare(what, sides, *more)
 
     monkeypatch.setattr(bench, "compare", drawn)
     [row] = bench.bench_pipeline(argparse.Namespace(device="cpu", runs=1, work=tmp_path))
-    assert row["ratio"] > 0 and pictures["ours"].shape == pictures["diffusers"].images.shape == (1, 128, 128, 3)
+    assert row["ratio"] > 0 and images["ours"].shape == images["diffusers"].images.shape == (1, 128, 128, 3)
 
 
 def test_training_is_measured_in_a_run_of_both_kinds_of_stage(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "TRAINED", {"small": (convert.SD15 | SMALL, 2, 128)})
+    monkeypatch.setattr(bench, "TRAINED", {"small": (layouts.SD15 | SMALL, 2, 128)})
     rows = bench.bench_train(argparse.Namespace(device="cpu", runs=1, work=tmp_path))
     assert [row["what"].split(",")[1] for row in rows] == [" stage 1", " stage 2"]
     flops = bench.forward_flops(SMALL, 128)
@@ -87,18 +87,18 @@ def test_training_is_measured_in_a_run_of_both_kinds_of_stage(tmp_path, monkeypa
 
 def test_the_limit_tells_rates_and_shares_of_the_time(monkeypatch):
     monkeypatch.setattr(
-        bench.convert, "SD15", convert.SD15 | SMALL | {"unet": SMALL["unet"] | {"cross_attention_dim": 768}}
+        bench.convert, "SD15", layouts.SD15 | SMALL | {"unet": SMALL["unet"] | {"cross_attention_dim": 768}}
     )
     monkeypatch.setattr(bench, "compare", lambda what, sides, *rest: {"ours": 2.0, "theirs": 0.5, "peer": "a product"})
     rates, shares = (row["values"] for row in bench.bench_limit(argparse.Namespace(device="cpu", runs=1)))
     flops = bench.forward_flops(bench.convert.SD15, 512)
-    assert list(rates.values()) == [round(flops / 1e9), round(4 * 4096**3 / 1e9)]  # in 2 s two pictures, in 0.5 s
+    assert list(rates.values()) == [round(flops / 1e9), round(4 * 4096**3 / 1e9)]  # in 2 s two images, in 0.5 s
     assert sum(shares.values()) == pytest.approx(100, abs=0.3)
     assert all(share > 1 for share in shares.values())  # a renamed operation would silently count among all else
 
 
 def test_a_forward_pass_of_the_official_unets_takes_0_80_and_6_76_tflop():
-    counted = [bench.forward_flops(convert.SD15, 512), bench.forward_flops(convert.SDXL, 1024)]
+    counted = [bench.forward_flops(layouts.SD15, 512), bench.forward_flops(layouts.SDXL, 1024)]
     assert counted == pytest.approx([0.803e12, 6.76e12], rel=1e-3)  # the README counts with them
 
 

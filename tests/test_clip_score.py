@@ -1,4 +1,4 @@
-"""CLIP score: towers and preparation of pictures are those of transformers, scores are those of the papers."""
+"""CLIP score: towers and preparation of images are those of transformers, scores are those of the papers."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import clip_score
-import sample
-import scenes
-from checkpoint import build, read_config
-from clip_score import ClipImageConfig, ClipScore, ClipVision, ClipVisionConfig
 from clip_text import ClipText, ClipTextConfig
+from evaluation import clip_score
+from evaluation.clip_score import ClipImageConfig, ClipScore, ClipVision, ClipVisionConfig
+from support import scenes
+from support.images import save_png
+from support.weights import build, read_config
 
 ROOT = Path(clip_score.__file__).parent
 SHIPPED = ROOT / "weights/miniature-clip"
@@ -209,7 +209,7 @@ PHOTOS = [
 
 
 @pytest.mark.parametrize("width, height, mode", PHOTOS)
-def test_pictures_are_prepared_as_transformers_does(width, height, mode):
+def test_images_are_prepared_as_transformers_does(width, height, mode):
     image = photo(width, width, height, mode)
     same_preparation(image)
 
@@ -232,7 +232,7 @@ def same_preparation(image):
     assert (prepared - expected).abs().max() < 1e-5
 
 
-def test_the_folder_says_how_pictures_are_prepared(copy):
+def test_the_folder_says_how_images_are_prepared(copy):
     settings = {"size": 41, "crop_size": 32, "image_mean": [0.1, 0.5, 0.9], "image_std": [1, 0.5, 0.2], "resample": 2}
     (copy / "preprocessor_config.json").unlink()
     default = ClipScore.load(copy).image_config
@@ -247,17 +247,17 @@ def test_the_folder_says_how_pictures_are_prepared(copy):
     assert ClipScore.load(copy).image_config.size == 32  # where there are both, it is the older file's
 
 
-def test_pictures_may_be_an_array(clip):
+def test_images_may_be_an_array(clip):
     array = np.stack([np.array(photo(i, 40, 50)) for i in (1, 2)])
     assert torch.equal(clip.image_features(array), clip.image_features([Image.fromarray(image) for image in array]))
 
 
-def test_similarity_is_the_cosine_of_each_picture_with_its_own_prompt(clip):
+def test_similarity_is_the_cosine_of_each_image_with_its_own_prompt(clip):
     images, prompts = [photo(i, 40, 50) for i in range(3)], ["a red cat", "the cat", "red"]
     pairs = zip(clip.image_features(images).double().numpy(), clip.text_features(prompts).double().numpy())
     expected = [a @ b / np.sqrt(a @ a * (b @ b)) for a, b in pairs]
     assert clip.similarity(images, prompts).tolist() == pytest.approx(expected, abs=1e-6)
-    with pytest.raises(ValueError, match="3 pictures cannot be compared with 1 prompts"):
+    with pytest.raises(ValueError, match="3 images cannot be compared with 1 prompts"):
         clip.similarity(images, ["a red cat"])
     with pytest.raises(TypeError, match="a list of strings"):
         clip.text_features("a red cat")
@@ -272,14 +272,14 @@ def test_similarity_is_the_cosine_of_each_picture_with_its_own_prompt(clip):
 )
 def test_the_conventions_are_those_of_the_papers(clip, monkeypatch, convention, asked, expected):
     heard = []
-    monkeypatch.setattr(clip, "image_features", lambda images: torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
+    monkeypatch.setattr(clip, "image_features", lambdan images: torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
     monkeypatch.setattr(clip, "text_features", lambda p: heard.extend(p) or torch.tensor([[4.0, 3.0], [-2.0, 0.0]]))
     assert clip.score([None, None], ["a cat", "Two dogs."], convention).tolist() == pytest.approx(expected)
     assert heard == asked
 
 
 @pytest.mark.skipif(not SHIPPED.exists(), reason="no weights in this checkout")
-def test_the_miniatures_clip_prefers_a_picture_s_own_caption():
+def test_the_miniatures_clip_prefers_a_image_s_own_caption():
     clip = ClipScore.load(SHIPPED)
     images, captions = zip(*(scenes.sample(2, i) for i in range(64)))
     own = clip.similarity(np.stack(images), list(captions))
@@ -315,7 +315,7 @@ def test_tensors_that_do_not_fit_are_refused(copy, change, message):
         ("config.json", {"vision_config": None}, "describes no CLIP"),
         ("preprocessor_config.json", {"size": {"height": 32, "width": 32}}, "size must be that of the shortest edge"),
         ("preprocessor_config.json", {"size": 24, "crop_size": 32}, "crop_size a square within it"),
-        ("preprocessor_config.json", {"size": 40, "crop_size": 40}, "pictures of 40 pixels, the vision tower takes 32"),
+        ("preprocessor_config.json", {"size": 40, "crop_size": 40}, "images of 40 pixels, the vision tower takes 32"),
         ("preprocessor_config.json", {"do_resize": False}, "do_resize = False is not supported, only True"),
         ("preprocessor_config.json", {"resample": 77}, "77 is not a valid Resampling"),
         ("preprocessor_config.json", {"image_mean": [0.5]}, "image_mean and image_std must be three numbers"),
@@ -364,12 +364,12 @@ CAPTIONS = ["a red cat", "the cat", "", "in the red", "cat on cat"]
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Five pictures by sample.py, and its sheet of all of them, which is not one."""
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    """Five images by sample.py, and its sheet of all of them, which is not one."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for i, caption in enumerate(CAPTIONS):
-        sample.save_png(np.array(photo(i, 40, 50)), folder / f"{i:05d}.png", {"prompt": caption})
+        save_png(np.array(photo(i, 40, 50)), folder / f"{i:05d}.png", {"prompt": caption})
     photo(9, 90, 90).save(folder / "sheet.png")
     return folder
 
@@ -379,21 +379,21 @@ def expected_score(clip, which=range(5), captions=CAPTIONS):
     return 100 * np.mean([clip.similarity([photo(i, 40, 50)], [captions[i]]).item() for i in which])
 
 
-def test_the_command_prints_one_line_that_says_what_it_is(clip, small, pictures, capsys):
-    assert run(pictures, "--clip", small, "--batch-size", 2, "--device", "cpu") == 0
+def test_the_command_prints_one_line_that_says_what_it_is(clip, small, images, capsys):
+    assert run(images, "--clip", small, "--batch-size", 2, "--device", "cpu") == 0
     assert capsys.readouterr().out == (
-        f"CLIP score {expected_score(clip):.4f}: mean of 100 x cosine(picture, prompt) over 5 pictures, "
+        f"CLIP score {expected_score(clip):.4f}: mean of 100 x cosine(image, prompt) over 5 images, "
         "by small (2 layers of 48, patches of 8 pixels)\n"
     )
-    assert run(pictures, "--clip", small, "--convention", "prefix", "--device", "cpu") == 0
+    assert run(images, "--clip", small, "--convention", "prefix", "--device", "cpu") == 0
     score = expected_score(clip, captions=["A photo depicts " + caption for caption in CAPTIONS]) / 100
     assert capsys.readouterr().out.startswith(
-        f'CLIP score {score:.4f}: mean of cosine(picture, "A photo depicts " + prompt) over 5 pictures, by small ('
+        f'CLIP score {score:.4f}: mean of cosine(image, "A photo depicts " + prompt) over 5 images, by small ('
     )
 
 
 def test_prompts_may_come_from_a_file_in_the_order_of_file_names(clip, small, tmp_path, capsys):
-    folder, captions = tmp_path / "pictures", ["a red cat", "the cat", "red", "in the red", "cat on cat"]
+    folder, captions = tmp_path / "images", ["a red cat", "the cat", "red", "in the red", "cat on cat"]
     (folder / "more").mkdir(parents=True)
     names = ["2.png", "10.webp", "COCO_000000000042.JPG", "COCO_100000000007.png", "more/1.png"]
     modes = ["RGB", "RGB", "L", "P", "RGBA"]
@@ -417,61 +417,61 @@ def test_numbers_in_names_are_sorted_by_value(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "notes.txt").touch()
-    assert [str(file.relative_to(tmp_path)) for file in clip_score.find_pictures(tmp_path)] == names
+    assert [str(file.relative_to(tmp_path)) for file in clip_score.find_images(tmp_path)] == names
 
 
-def test_two_processes_find_the_score_of_one_and_an_unreadable_picture_is_named(clip, small, pictures):
-    damaged = pictures / "00003.png"
+def test_two_processes_find_the_score_of_one_and_an_unreadable_image_is_named(clip, small, images):
+    damaged = images / "00003.png"
     damaged.write_bytes(damaged.read_bytes()[:200])
-    command = [str(ROOT / "clip_score.py"), str(pictures), "--clip", str(small), "--batch-size", "2", "--device", "cpu"]
+    command = [str(ROOT / "clip_score.py"), str(images), "--clip", str(small), "--batch-size", "2", "--device", "cpu"]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*start, *command], capture_output=True, text=True, env=environment)
     score = expected_score(clip, which=[0, 1, 2, 4])
     assert done.stdout.startswith(f"CLIP score {score:.4f}: ") and done.stdout.count("\n") == 1, done.stderr
-    assert " over 4 pictures, by small" in done.stdout
-    assert done.stderr.count(f"notice: 1 of 5 pictures cannot be read: {damaged}\n") == 1
+    assert " over 4 images, by small" in done.stdout
+    assert done.stderr.count(f"notice: 1 of 5 images cannot be read: {damaged}\n") == 1
 
 
-def test_an_unreadable_picture_keeps_the_others_with_their_own_prompts(clip, small, pictures, capsys):
-    (pictures / "00001.png").write_text("no picture")
-    (pictures.parent / "p.txt").write_text("\n".join(caption or "a" for caption in CAPTIONS))
-    assert run(pictures, "--clip", small, "--prompts", pictures.parent / "p.txt", "--device", "cpu") == 0
+def test_an_unreadable_image_keeps_the_others_with_their_own_prompts(clip, small, images, capsys):
+    (images / "00001.png").write_text("no image")
+    (images.parent / "p.txt").write_text("\n".join(caption or "a" for caption in CAPTIONS))
+    assert run(images, "--clip", small, "--prompts", images.parent / "p.txt", "--device", "cpu") == 0
     score = expected_score(clip, which=[0, 2, 3, 4], captions=[caption or "a" for caption in CAPTIONS])
     assert capsys.readouterr().out.startswith(f"CLIP score {score:.4f}: ")
 
 
-def test_too_many_unreadable_pictures_are_an_error(small, pictures, capsys):
+def test_too_many_unreadable_images_are_an_error(small, images, capsys):
     for name in "00001.png", "00004.png":
-        (pictures / name).write_text("no picture")
-    assert run(pictures, "--clip", small, "--device", "cpu") == 2
+        (images / name).write_text("no image")
+    assert run(images, "--clip", small, "--device", "cpu") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: 2 of 5 pictures cannot be read (") and "00001.png, " in error
+    assert error.startswith("error: 2 of 5 images cannot be read (") and "00001.png, " in error
     for i in (0, 2, 3):
-        (pictures / f"{i:05d}.png").unlink()
-    (pictures / "00001.png").unlink()
-    assert run(pictures, "--clip", small, "--device", "cpu") == 2
-    assert "error: 1 of 1 pictures cannot be read (" in capsys.readouterr().err
+        (images / f"{i:05d}.png").unlink()
+    (images / "00001.png").unlink()
+    assert run(images, "--clip", small, "--device", "cpu") == 2
+    assert "error: 1 of 1 images cannot be read (" in capsys.readouterr().err
 
 
-def test_a_picture_without_a_prompt_is_an_error(small, pictures, capsys):
-    photo(0, 40, 50).save(pictures / "00002.png")
-    assert run(pictures, "--clip", small, "--device", "cpu") == 2
+def test_a_image_without_a_prompt_is_an_error(small, images, capsys):
+    photo(0, 40, 50).save(images / "00002.png")
+    assert run(images, "--clip", small, "--device", "cpu") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "00002.png does not say its prompt" in error and "--prompts" in error
 
 
-def test_a_wrong_argument_is_one_clear_line_and_exit_code_2(small, pictures, tmp_path, capsys):
+def test_a_wrong_argument_is_one_clear_line_and_exit_code_2(small, images, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "three.txt").write_text("a\nb\nc\n")
     for arguments, message in [
-        ([tmp_path / "empty", "--clip", small], "empty holds no pictures (.png, .jpg, .jpeg, .webp)"),
+        ([tmp_path / "empty", "--clip", small], "empty holds no images (.png, .jpg, .jpeg, .webp)"),
         ([tmp_path / "three.txt", "--clip", small], "three.txt is not a folder"),
-        ([pictures, "--clip", tmp_path / "nowhere"], "nowhere is no CLIP folder"),
-        ([pictures, "--clip", small, "--prompts", tmp_path / "three.txt"], "three.txt holds 3 prompts, "),
-        ([pictures, "--clip", small, "--prompts", tmp_path / "none.txt"], "cannot read the prompts in"),
-        ([pictures, "--clip", small, "--batch-size", "0"], "--batch-size must be at least 1"),
-        ([pictures, "--clip", small, "--device", "nothing"], "device nothing cannot be used here"),
+        ([images, "--clip", tmp_path / "nowhere"], "nowhere is no CLIP folder"),
+        ([images, "--clip", small, "--prompts", tmp_path / "three.txt"], "three.txt holds 3 prompts, "),
+        ([images, "--clip", small, "--prompts", tmp_path / "none.txt"], "cannot read the prompts in"),
+        ([images, "--clip", small, "--batch-size", "0"], "--batch-size must be at least 1"),
+        ([images, "--clip", small, "--device", "nothing"], "device nothing cannot be used here"),
     ]:
         assert run(*arguments) == 2
         error = capsys.readouterr().err.splitlines()

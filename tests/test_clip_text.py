@@ -10,9 +10,10 @@ from helpers import randomize
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-import convert
-from checkpoint import InputError, build, read_config
 from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer, clip_bpe
+from support import layouts
+from support.errors import InputError
+from support.weights import build, read_config
 
 NASTY = [
     "",
@@ -131,7 +132,7 @@ def test_a_vocabulary_that_is_not_clips_is_an_error(folder, tmp_path):
         Tokenizer.load(tmp_path / "t")
 
 
-SMALL = convert.CLIP_L | {
+SMALL = layouts.CLIP_L | {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 100,
 }  # fmt: skip
 
@@ -143,7 +144,7 @@ def make(**changes):
 
 @pytest.mark.parametrize(
     "settings, parameters, tensors",
-    [(convert.SD15["text_encoder"], 123_060_480, 196), (convert.SDXL["text_encoder_2"], 694_659_840, 517)],
+    [(layouts.SD15["text_encoder"], 123_060_480, 196), (layouts.SDXL["text_encoder_2"], 694_659_840, 517)],
 )
 def test_the_text_encoders_have_the_official_number_of_tensors(settings, parameters, tensors):
     state = build(ClipText, read_config(ClipTextConfig, settings, "text_encoder")).state_dict()

@@ -1,4 +1,4 @@
-"""Which pictures training sees, and with which draws: a matter of seed and number alone."""
+"""Which images training sees, and with which draws: a matter of seed and number alone."""
 
 import sys
 
@@ -11,12 +11,12 @@ from torch.utils.data import Dataset
 
 import data
 import reflow
-import scenes
 from model import StableDiffusion
+from support import scenes
 
 
 class Numbers(Dataset):
-    """A source whose picture number n is n: without end, or of `length` pictures."""
+    """A source whose image number n is n: without end, or of `length` images."""
 
     def __init__(self, length=None):
         self.length, self.endless = length, length is None
@@ -25,7 +25,7 @@ class Numbers(Dataset):
         return self.length
 
     def __getitem__(self, n):
-        return {"picture": n}
+        return {"image": n}
 
 
 def samples(source=None, seed=0, windows=8, points=1, shape=(2, 3), starts=0.0):
@@ -39,7 +39,7 @@ def equal(a, b):
 # ---- sources ----
 
 
-def test_a_scene_is_the_drawn_picture_at_the_networks_scale_with_its_caption():
+def test_a_scene_is_the_drawn_image_at_the_networks_scale_with_its_caption():
     item = data.Scenes(seed=3)[5]
     image, caption = scenes.sample(3, 5)
     assert item["image"].shape == (3, 64, 64) and item["image"].dtype == torch.float32
@@ -164,12 +164,12 @@ def test_a_tenth_of_the_captions_is_dropped():
     assert 0.08 < np.mean([source[n]["dropped"] for n in range(2000)]) < 0.12
 
 
-def test_every_picture_comes_once_before_any_comes_again_and_then_in_another_order():
+def test_every_image_comes_once_before_any_comes_again_and_then_in_another_order():
     source = samples(Numbers(50))
-    epochs = [[source[n]["picture"] for n in range(50 * epoch, 50 * epoch + 50)] for epoch in range(3)]
+    epochs = [[source[n]["image"] for n in range(50 * epoch, 50 * epoch + 50)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in [*epochs, range(50)]}) == 4
-    assert [samples(Numbers(50), seed=1)[n]["picture"] for n in range(50)] != epochs[0]
+    assert [samples(Numbers(50), seed=1)[n]["image"] for n in range(50)] != epochs[0]
 
 
 def test_the_order_of_a_finite_source_does_not_depend_on_what_was_read_before():
@@ -187,7 +187,7 @@ def read(first, count, size, rank=0, world=1, workers=0, source=None):
 
 def test_a_batch_is_the_samples_in_a_row():
     (batch,) = read(first=2, count=1, size=3)
-    assert batch["picture"].tolist() == [6, 7, 8]
+    assert batch["image"].tolist() == [6, 7, 8]
     for i, n in enumerate([6, 7, 8]):
         assert equal({name: part[i] for name, part in batch.items()}, samples(points=2)[n])
 
@@ -208,21 +208,21 @@ def test_batches_go_on_where_others_stopped(workers):
     assert len(later) == 4 and all(equal(a, b) for a, b in zip(whole[2:], later))
 
 
-# ---- folders of pictures ----
+# ---- folders of images ----
 
 
-def write_picture(file, mode="RGB", size=(96, 64), color=(200, 30, 60), caption="a caption", **settings):
+def write_image(file, mode="RGB", size=(96, 64), color=(200, 30, 60), caption="a caption", **settings):
     file.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.new("RGB", size, color).convert(mode)
-    picture.save(file, **settings)
+    image = Image.new("RGB", size, color).convert(mode)
+    image.save(file, **settings)
     if caption is not None:
         file.with_suffix(".txt").write_text(caption, encoding="utf-8")
-    return picture
+    return image
 
 
 def test_a_folder_tree_is_read_with_its_captions(tmp_path):
-    write_picture(tmp_path / "b/2.png", caption=" two\nlines ")
-    write_picture(tmp_path / "a/1.PNG", caption="日本")
+    write_image(tmp_path / "b/2.png", caption=" two\nlines ")
+    write_image(tmp_path / "a/1.PNG", caption="日本")
     source = data.Folder(tmp_path, 32)
     assert [source[i]["caption"] for i in range(len(source))] == ["日本", "two lines"]
     image = source[0]["image"]
@@ -231,7 +231,7 @@ def test_a_folder_tree_is_read_with_its_captions(tmp_path):
 
 
 def test_an_index_gives_captions_too(tmp_path):
-    write_picture(tmp_path / "sub/x.png", caption=None)
+    write_image(tmp_path / "sub/x.png", caption=None)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "sub/x.png", "text": "from the index"}\n')
     assert data.Folder(tmp_path, 16)[0]["caption"] == "from the index"
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "sub/x.png", "text": "good"}\n{"file_name": 3}\n')
@@ -240,27 +240,27 @@ def test_an_index_gives_captions_too(tmp_path):
 
 def test_the_middle_is_cut_out_and_the_sizes_are_those_of_sdxl(tmp_path):
     file = tmp_path / "x.png"
-    write_picture(file, size=(200, 100))
-    with Image.open(file) as picture:
-        picture.paste((0, 0, 255), (0, 0, 50, 100))  # just the part that a crop of the middle leaves out
-        picture.save(file)
+    write_image(file, size=(200, 100))
+    with Image.open(file) as image:
+        image.paste((0, 0, 255), (0, 0, 50, 100))  # just the part that a crop of the middle leaves out
+        image.save(file)
     item = data.Folder(tmp_path, 50)[0]
     assert item["time_ids"].tolist() == [100, 200, 0, 25, 50, 50]
     assert (item["image"][2, :, 2:] < 0).all()  # no blue but for what resizing smears over the border
 
 
-def test_pictures_are_turned_upright(tmp_path):
+def test_images_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side
-    write_picture(tmp_path / "x.jpg", size=(80, 40), exif=exif)
+    write_image(tmp_path / "x.jpg", size=(80, 40), exif=exif)
     assert data.Folder(tmp_path, 40)[0]["time_ids"].tolist() == [80, 40, 20, 0, 40, 40]
 
 
 @pytest.mark.parametrize("mode, suffix", [("L", "png"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "webp"), ("1", "bmp")])
-def test_any_kind_of_picture_becomes_rgb(tmp_path, mode, suffix):
-    picture = write_picture(tmp_path / f"x.{suffix}", mode, color=(200, 200, 200))
+def test_any_kind_of_image_becomes_rgb(tmp_path, mode, suffix):
+    image = write_image(tmp_path / f"x.{suffix}", mode, color=(200, 200, 200))
     image = data.Folder(tmp_path, 64)[0]["image"]
-    expected = np.array(picture.convert("RGB")).astype(float).mean() / 127.5 - 1
+    expected = np.array(image.convert("RGB")).astype(float).mean() / 127.5 - 1
     assert image.shape == (3, 64, 64) and image.mean().item() == pytest.approx(expected, abs=0.03)
 
 
@@ -285,9 +285,9 @@ def test_augmenting_crops_and_mirrors_by_the_sample_and_not_by_the_moment(tmp_pa
     assert {item["time_ids"][3].item() for item in draws(False)} == {32}
 
 
-def test_bad_pictures_are_named_and_the_next_takes_their_place(tmp_path, capsys):
+def test_bad_images_are_named_and_the_next_takes_their_place(tmp_path, capsys):
     for name in "abcd":
-        write_picture(tmp_path / f"{name}.png", caption=name)
+        write_image(tmp_path / f"{name}.png", caption=name)
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "b.txt").write_text(" ")
@@ -299,19 +299,19 @@ def test_bad_pictures_are_named_and_the_next_takes_their_place(tmp_path, capsys)
     assert "its caption is empty" in named[1] and str(tmp_path / "c") in named[2]
 
 
-def test_too_many_bad_pictures_are_an_error(tmp_path):
+def test_too_many_bad_images_are_an_error(tmp_path):
     for i in range(30):
-        (tmp_path / f"{i:02d}.png").write_bytes(b"no picture")
+        (tmp_path / f"{i:02d}.png").write_bytes(b"no image")
         (tmp_path / f"{i:02d}.txt").write_text("a caption")
     message = refusal(data.Folder(tmp_path, 16).__getitem__, 0)
-    assert message.startswith("11 of 30 pictures cannot be used")
-    assert "holds neither latents nor captioned pictures" in refusal(data.Folder, tmp_path / "nowhere", 16)
+    assert message.startswith("11 of 30 images cannot be used")
+    assert "holds neither latents nor captioned images" in refusal(data.Folder, tmp_path / "nowhere", 16)
 
 
 def test_a_folder_is_cached_with_its_sizes(vae, tmp_path):
     for name in "ab":
-        write_picture(tmp_path / f"pictures/{name}.png", size=(96, 64), caption=name)
-    data.cache(vae, data.Folder(tmp_path / "pictures", 64), 2, tmp_path / "latents")
+        write_image(tmp_path / f"images/{name}.png", size=(96, 64), caption=name)
+    data.cache(vae, data.Folder(tmp_path / "images", 64), 2, tmp_path / "latents")
     item = data.Latents(tmp_path / "latents")[1]
     assert item["caption"] == "b" and item["time_ids"].tolist() == [64, 96, 0, 16, 64, 64]
     assert item["mean"].shape == (4, 8, 8)
@@ -343,7 +343,7 @@ def test_an_interrupted_cache_goes_on_with_the_missing_files(vae, tmp_path, monk
     (tmp_path / "parts/00001.safetensors").unlink()
     seen = []
     encode = vae.encode
-    monkeypatch.setattr(vae, "encode", lambda images: seen.append(len(images)) or encode(images))
+    monkeypatch.setattr(vae, "encode", lambdan images: seen.append(len(images)) or encode(images))
     data.cache(vae, data.Scenes(1), 7, tmp_path / "parts", shard=3)
     assert seen == [3]
     for file in sorted((tmp_path / "whole").iterdir()):
@@ -409,7 +409,7 @@ def test_shards_are_found_by_folder_list_glob_and_range(shards):
     assert "nowhere-*.tar does not exist" in refusal(data.Shards, shards / "nowhere-*.tar", 32)
 
 
-def test_a_sample_of_a_shard_has_its_picture_caption_and_the_size_it_once_had(shards):
+def test_a_sample_of_a_shard_has_its_image_caption_and_the_size_it_once_had(shards):
     write_shard(shards / "00001.tar", [7], captions=False, facts={"original_width": 640, "original_height": 480})
     source = data.Shards(shards, 64)
     item = source[10]
@@ -440,7 +440,7 @@ def test_a_tar_that_was_cut_short_is_named_and_used_as_far_as_it_goes(shards, ca
     assert "2 of 3 shards are damaged" in refusal(data.Shards, shards, 32)
 
 
-def test_a_broken_picture_in_a_shard_is_named_by_its_key(shards, capsys):
+def test_a_broken_image_in_a_shard_is_named_by_its_key(shards, capsys):
     content = bytearray((shards / "00000.tar").read_bytes())
     at = content.index(b"PNG")
     content[at + 10 : at + 60] = bytes(50)
@@ -473,9 +473,9 @@ def test_two_processes_read_every_sample_of_the_shards_once_and_go_on_where_they
 
 def test_an_error_in_a_reader_of_the_cache_is_one_line_as_well(sd15, tmp_path, capsys):
     for i in range(20):
-        (tmp_path / f"pictures/{i:02d}.png").parent.mkdir(exist_ok=True)
-        (tmp_path / f"pictures/{i:02d}.png").write_bytes(b"no picture")
-        (tmp_path / f"pictures/{i:02d}.txt").write_text("a caption")
-    arguments = ["cache", "--model", sd15, "--data", tmp_path / "pictures", "--out", tmp_path / "latents"]
+        (tmp_path / f"images/{i:02d}.png").parent.mkdir(exist_ok=True)
+        (tmp_path / f"images/{i:02d}.png").write_bytes(b"no image")
+        (tmp_path / f"images/{i:02d}.txt").write_text("a caption")
+    arguments = ["cache", "--model", sd15, "--data", tmp_path / "images", "--out", tmp_path / "latents"]
     assert exit_code(data, *arguments, "--workers", 1) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: 11 of 20 pictures cannot be used")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: 11 of 20 images cannot be used")

@@ -21,7 +21,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fid
-from clip_score import ClipScore
+from evaluation.clip_score import ClipScore
+from support.images import save_png
 
 ROOT = Path(fid.__file__).parent
 MINIATURE_CLIP = ROOT / "weights/miniature-clip"
@@ -138,7 +139,7 @@ def weights(inception_file):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two sets of small pictures of mixed sizes, with a folder inside a folder."""
+    """Two sets of small images of mixed sizes, with a folder inside a folder."""
     rng = np.random.default_rng(0)
     made = []
     for name, count, level in ("reference", 3, 256), ("generated", 2, 160):
@@ -255,7 +256,7 @@ def test_a_missing_damaged_or_harmful_file_is_refused(weights, tmp_path, monkeyp
     assert "not only tensors" in refusal(load, "nested.pth")
 
 
-def test_pictures_of_another_size_are_refused(network):
+def test_images_of_another_size_are_refused(network):
     assert "(B, 3, 299, 299)" in refusal(network, torch.zeros(1, 3, 256, 256))
 
 
@@ -346,7 +347,7 @@ def test_protocols_crop_and_resize_as_written():
     }  # fmt: skip
 
 
-def test_pictures_of_every_kind_are_read_as_rgb(tmp_path):
+def test_images_of_every_kind_are_read_as_rgb(tmp_path):
     rgb = Image.fromarray(np.random.default_rng(8).integers(0, 256, (20, 30, 3), dtype=np.uint8))
     rgb.resize((8, 8)).save(tmp_path / "1.jpg")
     rgb.save(tmp_path / "2.webp", lossless=True)
@@ -358,12 +359,12 @@ def test_pictures_of_every_kind_are_read_as_rgb(tmp_path):
     rgb.quantize(16).save(tmp_path / "6.png", transparency=3)
     Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100).save(tmp_path / "7.png")
     rgb.convert("1").save(tmp_path / "8.png")
-    (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / "notes.txt").write_text("not an image")
     rgb.save(tmp_path / "sheet.png")  # sample.py's overview
     rgb.save(tmp_path / "._1.png")
-    files = fid.find_pictures(tmp_path)
+    files = fid.find_images(tmp_path)
     assert [file.name for file in files] == ["1.jpg", "2.webp", "3.png", "4.JPEG", "5.PNG", "6.png", "7.png", "8.png"]
-    read = [np.array(fid.read_picture(file)) for file in files]
+    read = [np.array(fid.read_image(file)) for file in files]
     assert all(pixels.shape[2:] == (3,) and pixels.dtype == np.uint8 for pixels in read)
     for lossless in read[1], read[4]:
         np.testing.assert_array_equal(lossless, rgb)
@@ -377,14 +378,14 @@ def test_pictures_of_every_kind_are_read_as_rgb(tmp_path):
 
 
 def test_statistics_are_mean_and_covariance_of_all_features(folders):
-    """Streamed in batches of 2, of pictures of many sizes; features with a mean much larger than their spread."""
+    """Streamed in batches of 2, of images of many sizes; features with a mean much larger than their spread."""
 
     def features(inputs):
         return inputs.flatten(2).mean(2) + inputs.flatten(2)[..., 0] + 30  # (B, 3)
 
     network = fid.Network("", 3, fid.legacy, features)
-    pictures = [Image.open(file).convert("RGB") for file in fid.find_pictures(folders[0])]
-    x = np.concatenate([features(fid.legacy(picture)[None]).double() for picture in pictures])
+    images = [Image.open(file).convert("RGB") for file in fid.find_images(folders[0])]
+    x = np.concatenate([features(fid.legacy(image)[None]).double() for image in images])
     stats = fid.statistics(folders[0], network, None, batch_size=2, workers=0)
     np.testing.assert_allclose(stats.mu, x.mean(0), rtol=1e-12)
     np.testing.assert_allclose(stats.sigma, np.cov(x.T), rtol=1e-7, atol=1e-10)
@@ -436,7 +437,7 @@ def colors(tmp_path, good, bad):
 
 
 @pytest.mark.parametrize("good, bad, fits", [(5, 1, True), (5, 2, False), (199, 2, True), (199, 3, False)])
-def test_an_unreadable_picture_is_skipped_counted_and_named(tmp_path, capsys, good, bad, fits):
+def test_an_unreadable_image_is_skipped_counted_and_named(tmp_path, capsys, good, bad, fits):
     network = colors(tmp_path, good, bad)
     if fits:
         stats = fid.statistics(tmp_path, network, None, batch_size=4, workers=0)
@@ -445,17 +446,17 @@ def test_an_unreadable_picture_is_skipped_counted_and_named(tmp_path, capsys, go
         assert stats.count == good
     else:
         message = refusal(fid.statistics, tmp_path, network, None, batch_size=4, workers=0)
-        assert f"{bad} of {good + bad} pictures cannot be read" in message
+        assert f"{bad} of {good + bad} images cannot be read" in message
     told = capsys.readouterr().err
     assert all(f"skipped, cannot be read: {tmp_path}/bad{i}.png" in told for i in range(bad))
 
 
-def test_fewer_than_two_pictures_are_an_error(tmp_path):
+def test_fewer_than_two_images_are_an_error(tmp_path):
     network = colors(tmp_path, 1, 1)
-    assert "has 1 readable pictures; a covariance needs 2" in refusal(fid.statistics, tmp_path, network, None, 4, 0)
+    assert "has 1 readable images; a covariance needs 2" in refusal(fid.statistics, tmp_path, network, None, 4, 0)
     (tmp_path / "empty").mkdir()
-    assert "has 0 readable pictures" in refusal(fid.statistics, tmp_path / "empty", network, None, 4, 0)
-    assert "neither a folder of pictures nor an .npz" in refusal(fid.statistics, tmp_path / "no", network, None, 4, 0)
+    assert "has 0 readable images" in refusal(fid.statistics, tmp_path / "empty", network, None, 4, 0)
+    assert "neither a folder of images nor an .npz" in refusal(fid.statistics, tmp_path / "no", network, None, 4, 0)
 
 
 def test_features_that_are_not_finite_are_an_error(tmp_path):
@@ -527,8 +528,8 @@ def test_a_singular_against_a_regular_covariance():
     assert fid.frechet_distance(zero, np.zeros((D_, D_)), zero, q * b @ q.T) == pytest.approx(b.sum())
 
 
-def test_fewer_pictures_than_features_give_a_real_finite_distance():
-    """Against 50 digits: of n pictures, the n x n products of their centered features have all the eigenvalues."""
+def test_fewer_images_than_features_give_a_real_finite_distance():
+    """Against 50 digits: of n images, the n x n products of their centered features have all the eigenvalues."""
     import mpmath  # which torch needs, by way of sympy
 
     rng = np.random.default_rng(12)
@@ -626,7 +627,7 @@ def test_a_protocol_sets_mode_and_crop(network, weights, folders, monkeypatch, c
     out, err = capsys.readouterr()
     assert float(out.split()[1].rstrip(":")) == pytest.approx(expected, rel=1e-4)
     assert "mode legacy" in out and "protocol coco2017-5k" in out
-    assert "notice: coco2017-5k means 5000 generated pictures" in err
+    assert "notice: coco2017-5k means 5000 generated images" in err
 
 
 def test_several_processes_find_what_one_finds(weights, folders, tmp_path, capsys):
@@ -653,10 +654,9 @@ def test_several_processes_find_what_one_finds(weights, folders, tmp_path, capsy
     assert all("reference 3 of" in line and "generated an unknown number of" in line for line in lines)
 
 
-def test_the_line_says_how_sample_py_made_the_pictures(folders, tmp_path):
-    import sample
+def test_the_line_says_how_sample_py_made_the_images(folders, tmp_path):
 
-    sample.save_png(np.zeros((8, 8, 3), np.uint8), tmp_path / "0.png", {"steps": "4", "guidance": "2.5", "seed": "7"})
+    save_png(np.zeros((8, 8, 3), np.uint8), tmp_path / "0.png", {"steps": "4", "guidance": "2.5", "seed": "7"})
     stats = fid.Statistics(np.zeros(1), np.eye(1), 1, "a network")
     assert fid.describe(tmp_path, stats) == f"1 of {tmp_path} (steps 4, guidance 2.5, seed 7)"
     assert fid.describe(folders[0], stats) == f"1 of {folders[0]}"
@@ -670,7 +670,7 @@ def test_wrong_arguments_are_one_clear_line_and_exit_code_2(folders, tmp_path, c
     fid.Statistics(np.zeros(2), np.eye(2)).save(tmp_path / "two.npz")
     missing = ["--weights", tmp_path / "none.pth"]
     for arguments, message in [
-        ([tmp_path / "three.npz", tmp_path / "two.npz"], "three.npz has 3 features a picture, "),
+        ([tmp_path / "three.npz", tmp_path / "two.npz"], "three.npz has 3 features an image, "),
         ([*folders, *missing], "is missing; get it from https://"),
         ([folders[0]], "give GENERATED to compare with"),
         ([*folders, "--save-stats", "stats"], "--save-stats FILE.npz"),
@@ -687,8 +687,8 @@ def test_clip_features_are_another_network(folders, tmp_path, capsys):
     clip = ClipScore.load(MINIATURE_CLIP)
     features = []
     for folder in folders:
-        pictures = [Image.open(file).convert("RGB") for file in fid.find_pictures(folder)]
-        features.append(clip.image_features(pictures).double().numpy())
+        images = [Image.open(file).convert("RGB") for file in fid.find_images(folder)]
+        features.append(clip.image_features(images).double().numpy())
     expected = fid.frechet_distance(*(f(x) for x in features for f in (lambda x: x.mean(0), lambda x: np.cov(x.T))))
     assert run(*folders, "--clip", MINIATURE_CLIP, "--save-stats", tmp_path / "clip.npz") == 0
     line = capsys.readouterr().out.splitlines()[-1]
@@ -696,4 +696,4 @@ def test_clip_features_are_another_network(folders, tmp_path, capsys):
     assert line.startswith("Frechet distance ") and "network CLIP miniature-clip" in line and "mode of CLIP" in line
     fid.Statistics(np.zeros(3), np.eye(3)).save(tmp_path / "three.npz")
     assert run(tmp_path / "three.npz", folders[1], "--clip", MINIATURE_CLIP) == 2
-    assert "three.npz has 3 features a picture, this network 128" in capsys.readouterr().err
+    assert "three.npz has 3 features an image, this network 128" in capsys.readouterr().err

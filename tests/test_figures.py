@@ -9,15 +9,15 @@ import pytest
 import torch
 from helpers import exit_code
 
-import figures
-import miniature
 import reflow
 import sample
-import scenes
-import train
-from model import StableDiffusion
+from miniature import train as miniature
+from model import MINIATURE, StableDiffusion, flow_scheduler, save_flow
+from paper import figures
+from support import scenes
+from support.streams import draw_noise
 
-MODEL = sample.MINIATURE
+MODEL = MINIATURE
 
 
 def run(*arguments):
@@ -56,7 +56,7 @@ def test_both_kinds_of_noise_are_equally_long_and_each_leaves_the_other_part_alo
 def test_a_diffusion_models_path_is_the_one_of_ddim():
     sd = StableDiffusion.load(MODEL)
     velocity = figures.velocity_of(sd, ["a red circle"], 3.0)
-    z = sample.draw_noise(0, [0], (4, 8, 8))
+    z = draw_noise(0, [0], (4, 8, 8))
     grid = torch.tensor(reflow.borders(figures.FINE))
     with torch.no_grad():
         ours = sd.decode(reflow.euler(velocity, z, grid))
@@ -65,7 +65,7 @@ def test_a_diffusion_models_path_is_the_one_of_ddim():
 
 
 def test_scores_are_rows_that_say_all_and_are_not_made_twice(tmp_path, monkeypatch, capsys):
-    arguments = ["score", MODEL, "--guidance", 1, 2, "--count", 2, "--pictures", 4, "--json", tmp_path / "rows.json"]
+    arguments = ["score", MODEL, "--guidance", 1, 2, "--count", 2, "--images", 4, "--json", tmp_path / "rows.json"]
     assert run(*arguments, "--steps", 2) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(row["guidance"], row["evaluations"]) for row in rows] == [(1.0, 2), (2.0, 4)]
@@ -84,17 +84,17 @@ def test_without_guidance_four_steps_of_an_ideal_flow_are_its_teachers_32():
     sd = StableDiffusion.load(MODEL)
     flow, prompts = figures.ideal_flow(sd, 4), ["a red circle", "a blue ring"]
 
-    def pictures(model, steps, guidance):
+    def images(model, steps, guidance):
         return sample.generate(model, prompts, steps, guidance, seed=3).astype(int)
 
-    assert np.abs(pictures(flow, 4, 1.0) - pictures(sd, 32, 1.0)).max() <= 1
-    assert np.abs(pictures(flow, 4, 4.0) - pictures(sd, 32, 4.0)).max() > 20  # of whole windows, it is another thing
+    assert np.abs(images(flow, 4, 1.0) - images(sd, 32, 1.0)).max() <= 1
+    assert np.abs(images(flow, 4, 4.0) - images(sd, 32, 4.0)).max() > 20  # of whole windows, it is another thing
     with pytest.raises(figures.InputError, match="a diffusion model"):
         figures.ideal_flow(flow, 2)
 
 
 def test_an_ideal_flow_is_scored_as_what_it_is_of(tmp_path, capsys):
-    arguments = ["--steps", 2, "--count", 1, "--pictures", 0, "--json", tmp_path / "rows.json"]
+    arguments = ["--steps", 2, "--count", 1, "--images", 0, "--json", tmp_path / "rows.json"]
     assert run("score", MODEL, "--ideal", 2, *arguments) == 0
     [row] = json.loads((tmp_path / "rows.json").read_text())
     assert (row["model"], row["sampler"], row["evaluations"]) == ("miniature, ideal", "flow", 2)
@@ -103,13 +103,13 @@ def test_an_ideal_flow_is_scored_as_what_it_is_of(tmp_path, capsys):
 
 
 def test_prompts_alone_are_scored_without_a_frechet_distance(tmp_path):
-    arguments = ["score", MODEL, "--steps", 1, "--count", 2, "--pictures", 0, "--json", tmp_path / "rows.json"]
+    arguments = ["score", MODEL, "--steps", 1, "--count", 2, "--images", 0, "--json", tmp_path / "rows.json"]
     assert run(*arguments) == 0
     [row] = json.loads((tmp_path / "rows.json").read_text())
     assert {"one item", "two items"} < row.keys() and "frechet" not in row
 
 
-def test_the_table_shows_pictures_at_each_guidance_but_4_where_it_shows_prompts_alone(tmp_path):
+def test_the_table_shows_images_at_each_guidance_but_4_where_it_shows_prompts_alone(tmp_path):
     at = {"model": "proreflow-i", "sampler": "flow", "steps": 4, "split": "test", "one item": 0.5, "two items": 0.25}
     at |= {"evaluations": 8, "prompts": 200}
     rows = [at | {"guidance": 2, "frechet": 7.0, "clip": 50.0}, at | {"guidance": 4, "one item": 0.75}]
@@ -136,14 +136,14 @@ def test_side_by_side_needs_steps_and_draws_a_row_for_each(tmp_path, capsys):
 def test_side_by_side_a_flow_whose_paths_hold_guidance_gets_no_more_of_it(tmp_path, monkeypatch):
     sd, asked, generate = StableDiffusion.load(MODEL), [], sample.generate
     for name, guidance in ("plain", 1.0), ("guided", 2.0):
-        train.save_flow(sd.unet, train.flow_scheduler(sd, 1, guidance), MODEL, tmp_path / name, torch.float32)
+        save_flow(sd.unet, flow_scheduler(sd, 1, guidance), MODEL, tmp_path / name, torch.float32)
     monkeypatch.setattr(sample, "generate", lambda *given, **how: asked.append(given[3]) or generate(*given, **how))
     assert run("side", f"{tmp_path}/plain:1", f"{tmp_path}/guided:1", "--guidance", 6, "--out", tmp_path) == 0
     assert asked == [6.0, 1.0]
 
 
 def test_scores_over_guidance_are_kept_like_any_other(tmp_path):
-    arguments = ["--guidance", 1, 3, "--count", 2, "--pictures", 4, "--out", tmp_path, "--json", tmp_path / "rows.json"]
+    arguments = ["--guidance", 1, 3, "--count", 2, "--images", 4, "--out", tmp_path, "--json", tmp_path / "rows.json"]
     assert run("guidance", f"{MODEL}:1:dpm++", f"{MODEL}:2", *arguments) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(row["steps"], row["guidance"]) for row in rows] == [(1, 1.0), (1, 3.0), (2, 1.0), (2, 3.0)]
@@ -155,8 +155,8 @@ def test_scores_over_guidance_are_kept_like_any_other(tmp_path):
 
 def test_a_flow_whose_paths_hold_guidance_is_one_point_of_the_figure_over_guidance(tmp_path):
     sd = StableDiffusion.load(MODEL)
-    train.save_flow(sd.unet, train.flow_scheduler(sd, 1, 2.5), MODEL, tmp_path / "guided", torch.float32)
-    arguments = ["--guidance", 3, 4, "--count", 1, "--pictures", 4, "--out", tmp_path, "--json", tmp_path / "rows.json"]
+    save_flow(sd.unet, flow_scheduler(sd, 1, 2.5), MODEL, tmp_path / "guided", torch.float32)
+    arguments = ["--guidance", 3, 4, "--count", 1, "--images", 4, "--out", tmp_path, "--json", tmp_path / "rows.json"]
     assert run("guidance", f"{tmp_path}/guided:1", *arguments) == 0
     assert [row["guidance"] for row in json.loads((tmp_path / "rows.json").read_text())] == [1.0]
 
@@ -168,7 +168,7 @@ def test_without_matplotlib_a_figure_says_what_to_install(monkeypatch, capsys):
     assert "figures need matplotlib: pip install -r requirements-dev.txt" in capsys.readouterr().err
 
 
-def test_pictures_of_paths_and_velocities_are_written_with_their_numbers(tmp_path, capsys):
+def test_images_of_paths_and_velocities_are_written_with_their_numbers(tmp_path, capsys):
     for what in "paths", "velocities":
         assert run(what, MODEL, "--count", 6, "--out", tmp_path) == 0
         assert (tmp_path / f"{what}.png").exists()
@@ -178,7 +178,7 @@ def test_pictures_of_paths_and_velocities_are_written_with_their_numbers(tmp_pat
 
 def test_a_student_that_learned_nothing_has_the_errors_of_its_teachers_weights(tmp_path, capsys):
     teacher = StableDiffusion.load(MODEL)
-    train.save_flow(teacher.unet, train.flow_scheduler(teacher, 8), MODEL, tmp_path / "same", torch.float32)
+    save_flow(teacher.unet, flow_scheduler(teacher, 8), MODEL, tmp_path / "same", torch.float32)
     assert run("errors", tmp_path / "same", "--count", 3) == 0
     lines = dict(line.strip().split(": ") for line in capsys.readouterr().out.splitlines())
     assert len(lines) == 4 and lines["start, untrained"] == lines["start, same"] != lines["even, same"]

@@ -1,4 +1,4 @@
-"""convert.py: our tensors are found in single files and old folders. The reference library's converters are the judge:
+"""layouts.py: our tensors are found in single files and old folders. The reference library's converters are the judge:
 what is stored under our names for a single file, they must read back unchanged."""
 
 import copy
@@ -13,9 +13,9 @@ from diffusers.loaders import single_file_utils as reference
 from helpers import read, refusal, rewrite, same
 from safetensors.torch import load_file, save_file
 
-import convert
-from checkpoint import build, read_config
 from model import NETWORKS, StableDiffusion, add_delta, save_delta
+from support import layouts
+from support.weights import build, read_config
 
 load = StableDiffusion.load
 BIG_G = "conditioner.embedders.1.model."
@@ -25,15 +25,15 @@ UNET_FILE = "diffusion_pytorch_model.safetensors"
 def official_tensors(family, component):
     """The names and shapes of an official network's tensors; they take no memory."""
     network_class, config_class, _ = NETWORKS[component]
-    config = read_config(config_class, convert.OFFICIAL[family][component], component)
+    config = read_config(config_class, layouts.OFFICIAL[family][component], component)
     return build(network_class, config).state_dict()
 
 
 def named_as_single_file(family, component, tensors):
-    """A network's tensors under the names that convert.py knows for them. What changes their form is written out here,
+    """A network's tensors under the names that layouts.py knows for them. What changes their form is written out here,
     without its help."""
     stored = {}
-    for key, (name, _) in convert.sources_in_single_file(family, component, tensors).items():
+    for key, (name, _) in layouts.sources_in_single_file(family, component, tensors).items():
         tensor = tensors[key]
         if "in_proj" in name:
             tensor = torch.cat([tensors[re.sub("[qkv]_proj", f"{part}_proj", key)] for part in "qkv"])
@@ -134,7 +134,7 @@ PREFIX = {
 
 @pytest.mark.parametrize("family, component", PUBLISHED)
 def test_names_as_the_published_files_have_them(family, component):
-    sources = convert.sources_in_single_file(family, component, official_tensors(family, component))
+    sources = layouts.sources_in_single_file(family, component, official_tensors(family, component))
     for ours, theirs in PUBLISHED[family, component].items():
         assert sources[ours][0] == PREFIX[family, component] + theirs
 
@@ -170,11 +170,11 @@ def folder(family, request):
 def single_file(family, folder, tmp_path, monkeypatch):
     """A small model as a single file. Such a file does not say its sizes; so we make the small ones official."""
     sd = load(folder)
-    small = copy.deepcopy(convert.OFFICIAL[family])
+    small = copy.deepcopy(layouts.OFFICIAL[family])
     for component in sd.networks:
         sizes = small[component].keys() & sd.configs[component].keys() - {"eos_token_id"}
         small[component] |= {name: sd.configs[component][name] for name in sizes}
-    monkeypatch.setitem(convert.OFFICIAL, family, small)
+    monkeypatch.setitem(layouts.OFFICIAL, family, small)
     tensors = dict(BESIDES[family])
     for component, network in sd.networks.items():
         tensors |= named_as_single_file(family, component, network.state_dict())
@@ -209,9 +209,9 @@ def test_one_tokenizer_serves_both_encoders_of_sdxl(sdxl, tokenizer):
 
 def test_convert_writes_a_single_file_as_a_folder(single_file, folder, tmp_path, tokenizer, monkeypatch, capsys):
     monkeypatch.setattr(
-        sys, "argv", ["convert.py", str(single_file), str(tmp_path / "out"), "--tokenizer", str(tokenizer)]
+        sys, "argv", ["layouts.py", str(single_file), str(tmp_path / "out"), "--tokenizer", str(tokenizer)]
     )
-    convert.main()
+    layouts.main()
     assert capsys.readouterr().out == f"wrote {tmp_path / 'out'}\n"
     converted, wanted = load(tmp_path / "out"), load(folder)
     for name, network in converted.networks.items():
@@ -325,9 +325,9 @@ def delta(sd15, tmp_path):
 
 
 def test_base_and_difference_make_a_flow(sd15, delta, tmp_path, monkeypatch):
-    argv = ["convert.py", sd15, tmp_path / "flow", "--delta", delta, "--windows", "4", "--prediction-type", "diff_eps"]
+    argv = ["layouts.py", sd15, tmp_path / "flow", "--delta", delta, "--windows", "4", "--prediction-type", "diff_eps"]
     monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-    convert.main()
+    layouts.main()
     flow, base = load(tmp_path / "flow"), load(sd15)
     assert flow.windows == 4 and flow.prediction_type == "diff_eps" and base.windows is None
     assert read(tmp_path / "flow/scheduler/scheduler_config.json")["_class_name"] == "PeRFlowScheduler"
@@ -348,11 +348,11 @@ def test_a_difference_of_another_network_is_refused(sd15, delta):
 
 
 def test_a_flow_becomes_the_difference_that_it_was_made_of(sd15, delta, tmp_path, monkeypatch, capsys):
-    argv = ["convert.py", sd15, tmp_path / "flow", "--delta", delta, "--windows", "4", "--prediction-type", "diff_eps"]
-    again = ["convert.py", tmp_path / "flow", tmp_path / "again.safetensors", "--difference-from", sd15]
+    argv = ["layouts.py", sd15, tmp_path / "flow", "--delta", delta, "--windows", "4", "--prediction-type", "diff_eps"]
+    again = ["layouts.py", tmp_path / "flow", tmp_path / "again.safetensors", "--difference-from", sd15]
     for command in argv, again:
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        convert.main()
+        layouts.main()
     found, wanted = load_file(tmp_path / "again.safetensors"), load_file(delta)
     assert found.keys() == wanted.keys()
     for key, difference in wanted.items():
@@ -369,7 +369,7 @@ def test_a_difference_needs_two_of_a_kind(sd15, sdxl, tmp_path):
 
 
 def run(*arguments):
-    command = [sys.executable, convert.__file__, *map(str, arguments)]
+    command = [sys.executable, layouts.__file__, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -381,14 +381,14 @@ def test_the_command_ends_with_one_line_and_code_2_when_it_cannot_go_on(tmp_path
 
 
 def test_a_difference_needs_to_be_told_what_it_is(sd15, delta, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["convert.py", str(sd15), str(tmp_path / "out"), "--delta", str(delta)])
+    monkeypatch.setattr(sys, "argv", ["layouts.py", str(sd15), str(tmp_path / "out"), "--delta", str(delta)])
     with pytest.raises(SystemExit, match="2"):
-        convert.main()
+        layouts.main()
     assert "--delta also needs --windows and --prediction-type" in capsys.readouterr().err
 
 
 def test_a_difference_is_written_into_one_file(sd15, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["convert.py", str(sd15), str(tmp_path / "out"), "--difference-from", str(sd15)])
+    monkeypatch.setattr(sys, "argv", ["layouts.py", str(sd15), str(tmp_path / "out"), "--difference-from", str(sd15)])
     with pytest.raises(SystemExit, match="2"):
-        convert.main()
+        layouts.main()
     assert "let OUT end in .safetensors" in capsys.readouterr().err

@@ -18,13 +18,12 @@ from helpers import exit_code
 from parity import draw
 
 import fid
-import miniature
-import runs
-import sample
-import scenes
-from clip_score import ClipScore
 from clip_text import Tokenizer
-from model import StableDiffusion
+from evaluation.clip_score import ClipScore
+from miniature import train as miniature
+from model import StableDiffusion, flow_scheduler, save_flow
+from support import scenes
+from support.captions import read_prompts
 
 SHIPPED = miniature.ROOT / "weights/miniature"
 SHIPPED_CLIP = miniature.ROOT / "weights/miniature-clip"
@@ -176,7 +175,7 @@ def test_a_tenth_of_the_training_is_of_noisy_times_and_detailed_captions_alone(t
 
 
 def test_all_of_it_trains_from_nothing_into_official_folders(tmp_path, monkeypatch):
-    """Three steps of everything: the pictures are worthless, but the folders are whole and others open them."""
+    """Three steps of everything: the images are worthless, but the folders are whole and others open them."""
     out, clip = tmp_path / "model", tmp_path / "clip"
     options = {
         "--out": out,
@@ -258,21 +257,21 @@ def test_evaluation_chooses_the_guidance_on_validation_prompts_and_reports_on_ot
 
     monkeypatch.setattr(miniature, "accuracy", accuracy)
     teacher, out = StableDiffusion.load(SHIPPED), tmp_path / "one-window"
-    runs.save_flow(teacher.unet, runs.flow_scheduler(teacher, 1), SHIPPED, out, torch.float32)
-    assert exit_code(miniature, "--evaluate", "--out", out, "--pictures", 2, "--device", "cpu") == 0
+    save_flow(teacher.unet, flow_scheduler(teacher, 1), SHIPPED, out, torch.float32)
+    assert exit_code(miniature, "--evaluate", "--out", out, "--images", 2, "--device", "cpu") == 0
     assert {(guidance, steps) for seed, guidance, steps, _ in asked if seed == miniature.TEST} == {
         (3.0, steps) for steps in (8, 4, 2, 1)
     }
     assert {steps for seed, _, steps, _ in asked if seed == miniature.VALIDATION} == {8}
     lines = capsys.readouterr().out.splitlines()
-    assert "guidance 3, 2 pictures at 2" in lines[5] and len(lines) == 13 and lines[-1].startswith("| flow | 1 |")
+    assert "guidance 3, 2 images at 2" in lines[5] and len(lines) == 13 and lines[-1].startswith("| flow | 1 |")
     asked.clear()
     guided = miniature.ROOT / "weights/proreflow-ii-guided"
-    assert exit_code(miniature, "--evaluate", "--out", guided, "--pictures", 0, "--device", "cpu") == 0
+    assert exit_code(miniature, "--evaluate", "--out", guided, "--images", 0, "--device", "cpu") == 0
     assert {guidance for _, guidance, _, _ in asked} == {1.0}
 
 
 @shipped
 def test_the_demo_prompts_are_captions_of_the_miniature():
-    for prompt in sample.read_prompts(miniature.ROOT / "docs/demo_prompts.txt"):
+    for prompt in read_prompts(miniature.ROOT / "docs/demo_prompts.txt"):
         scenes.claims(prompt)

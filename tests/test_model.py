@@ -13,9 +13,7 @@ from helpers import edit, read, refusal, rewrite, same, write, write_tokenizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import sample
-from model import StableDiffusion
+from model import MINIATURE, StableDiffusion
 
 load = StableDiffusion.load
 PROMPTS = ["the red cat", "a ## on the cat, 2 of them!", "the " * 90]  # the last is longer than 77 tokens
@@ -57,7 +55,7 @@ def test_the_unet_predicts_what_the_reference_predicts(pair):
     assert close(sd.unet(x, t, context, pooled, sd.time_ids(2, height=64, width=48)), theirs)
 
 
-def test_pictures_and_latents_are_scaled_as_the_reference_scales_them(pair):
+def test_images_and_latents_are_scaled_as_the_reference_scales_them(pair):
     sd, pipeline = pair
     images, scale = draw(2, 3, 32, 32).clamp(-1, 1), pipeline.vae.config.scaling_factor
     distribution = pipeline.vae.encode(images).latent_dist
@@ -357,8 +355,8 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(sd15, tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("size, parts", [(8, [5]), (32, [4, 1]), (40, [2, 2, 1]), (72, [1] * 5)])
-def test_pictures_are_decoded_a_few_at_a_time(size, parts):
-    sd, seen = load(sample.MINIATURE), []
+def test_images_are_decoded_a_few_at_a_time(size, parts):
+    sd, seen = load(MINIATURE), []
     decode = sd.vae.decode
     sd.vae.decode = lambda z: seen.append(len(z)) or z.repeat(1, 1, 8, 8)[:, :3]
     latents = draw(5, 4, size, size)
@@ -370,7 +368,7 @@ def test_pictures_are_decoded_a_few_at_a_time(size, parts):
 
 
 def test_loading_a_model_does_not_import_the_compiler():
-    """It would be a third of the time from a program's start to its first picture."""
-    code = "import sys, sample; sample.StableDiffusion.load(sample.MINIATURE); print('torch._dynamo' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=sample.MINIATURE.parents[1], capture_output=True, text=True)
+    """It would be a third of the time from a program's start to its first image."""
+    code = "import sys, sample; sample.StableDiffusion.load(MINIATURE); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=MINIATURE.parents[1], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from helpers import exit_code
 
-import clip_score
 import fid
 import sample
 import train
+from evaluation import clip_score
+from model import FLOW
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -91,7 +92,7 @@ def told(program: str, *having: str) -> list[list[str]]:
 
 
 def test_the_commands_that_need_nothing_but_this_repository_run(tmp_path, monkeypatch, capsys):
-    """All four stages with one update each, pictures of the last one, and their scores, as the README has them."""
+    """All four stages with one update each, images of the last one, and their scores, as the README has them."""
     monkeypatch.chdir(ROOT)
     stages = [line for line in told("train", "--stage") if "--model" not in line]
     assert [line[:2] for line in stages] == [["--stage", str(stage)] for stage in (1, 2, 3, 4)]
@@ -99,7 +100,7 @@ def test_the_commands_that_need_nothing_but_this_repository_run(tmp_path, monkey
         short = ["--iters", 1, "--batch-size", 2, "--sample-every", 0, "--out", tmp_path]
         assert exit_code(train, *line, *short) == 0
     [prompts] = told("sample", "--steps 4 --prompt ")
-    for name, model in ("ours", sample.FLOW), ("new", tmp_path / "stage-4"):
+    for name, model in ("ours", FLOW), ("new", tmp_path / "stage-4"):
         assert exit_code(sample, *prompts, "--model", model, "--n", 2, "--out", tmp_path / name) == 0
     folders = {"REFERENCE": tmp_path / "ours", "GENERATED": tmp_path / "new"}
     [line] = told("fid", "--clip weights/miniature-clip")
@@ -107,4 +108,4 @@ def test_the_commands_that_need_nothing_but_this_repository_run(tmp_path, monkey
     [line] = told("clip_score", "python clip_score.py GENERATED")
     line[line.index("--clip") + 1] = "weights/miniature-clip"
     assert exit_code(clip_score, *(folders.get(word, word) for word in line)) == 0
-    assert "4 pictures" in capsys.readouterr().out
+    assert "4 images" in capsys.readouterr().out

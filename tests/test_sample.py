@@ -1,4 +1,4 @@
-"""From prompts to pictures: the same as diffusers' pipelines, and what the command line promises."""
+"""From prompts to images: the same as diffusers' pipelines, and what the command line promises."""
 
 import json
 import subprocess
@@ -15,7 +15,11 @@ from PIL import Image
 import model
 import reflow
 import sample
-from model import StableDiffusion
+from model import StableDiffusion, guided_epsilon
+from support.captions import read_prompts
+from support.files import make_folder
+from support.images import save_png, settings_of_png
+from support.streams import draw_noise
 
 ROOT = Path(sample.__file__).parent
 
@@ -50,11 +54,11 @@ PIPELINES = [
     "model, scheduler, sampler, settings", PIPELINES, ids=["SD1.5 DDIM", "SDXL DDIM", "SD1.5 DPM++"]
 )
 @pytest.mark.parametrize("negative_prompt", [None, "the cat"])
-def test_a_whole_run_gives_the_pictures_of_diffusers(request, model, scheduler, sampler, settings, negative_prompt):
-    """Text to picture with guidance in 8 steps: 8 divides 1000, so that both walk the same grid of timesteps."""
+def test_a_whole_run_gives_the_images_of_diffusers(request, model, scheduler, sampler, settings, negative_prompt):
+    """Text to image with guidance in 8 steps: 8 divides 1000, so that both walk the same grid of timesteps."""
     pipeline = request.getfixturevalue(f"{model}_pipeline")
     sd = StableDiffusion.load(request.getfixturevalue(model))
-    noise = sample.draw_noise(3, [0, 1], (4, 8, 8))
+    noise = draw_noise(3, [0, 1], (4, 8, 8))
     theirs = pipeline.__class__(
         **pipeline.components | {"scheduler": scheduler.from_config(pipeline.scheduler.config, **settings)}
     )
@@ -64,11 +68,11 @@ def test_a_whole_run_gives_the_pictures_of_diffusers(request, model, scheduler, 
         prompts, negative_prompt=[negative_prompt] * 2 if negative_prompt else None, num_inference_steps=8,
         guidance_scale=3.0, latents=noise, output_type="np", height=64, width=64,
     ).images  # fmt: skip
-    pictures = sample.generate(
+    images = sample.generate(
         sd, prompts, 8, 3.0, negative_prompt=negative_prompt or "", sampler=sampler, latents=noise
     )
-    assert pictures.shape == (2, 64, 64, 3) and pictures.dtype == np.uint8 and pictures.std() > 5
-    assert np.abs(pictures / 255 - expected).max() < 1.5 / 255  # at most one level, from rounding
+    assert images.shape == (2, 64, 64, 3) and images.dtype == np.uint8 and images.std() > 5
+    assert np.abs(images / 255 - expected).max() < 1.5 / 255  # at most one level, from rounding
 
 
 def test_a_compiled_network_is_one_graph_and_compiled_once_for_all_steps(sdxl):
@@ -85,16 +89,16 @@ def test_a_flow_walks_its_windows(sd15_copy):
     diffusion = StableDiffusion.load(sd15_copy)
     make_flow(sd15_copy)
     flow = StableDiffusion.load(sd15_copy)
-    noise = sample.draw_noise(0, [0], (4, 8, 8))
+    noise = draw_noise(0, [0], (4, 8, 8))
     with torch.no_grad():
-        epsilon = sample.guided_epsilon(diffusion, ["the cat"], 2.0, "", 64, 64)
+        epsilon = guided_epsilon(diffusion, ["the cat"], 2.0, "", 64, 64)
         z = reflow.ddim(lambda z, tau: epsilon(z, tau + 1), noise, flow.alphas_cumprod, torch.tensor(reflow.borders(4)))
         expected = diffusion.decode(z)
-    picture = sample.generate(flow, ["the cat"], 4, 2.0, latents=noise)
-    assert np.abs(picture[0] - (expected[0].permute(1, 2, 0).numpy() + 1) * 127.5).max() < 1.01
+    image = sample.generate(flow, ["the cat"], 4, 2.0, latents=noise)
+    assert np.abs(image[0] - (expected[0].permute(1, 2, 0).numpy() + 1) * 127.5).max() < 1.01
 
 
-def test_a_picture_depends_on_seed_and_number_alone(sd15):
+def test_a_image_depends_on_seed_and_number_alone(sd15):
     sd = StableDiffusion.load(sd15)
     prompts = ["a red cat", "the cat", "a cat"]
     together = sample.generate(sd, prompts, 3, 2.0, seed=5)
@@ -106,26 +110,26 @@ def test_a_picture_depends_on_seed_and_number_alone(sd15):
 
 def test_noise_is_new_for_every_seed_and_every_number():
     draws = {
-        (seed, i): sample.draw_noise(seed, [i], (4, 8, 8)) for seed in (0, 1, 2**32 - 1) for i in (0, 1, 2**32 - 1)
+        (seed, i): draw_noise(seed, [i], (4, 8, 8)) for seed in (0, 1, 2**32 - 1) for i in (0, 1, 2**32 - 1)
     }
     values = [tuple(noise.flatten()[:3].tolist()) for noise in draws.values()]
     assert len(set(values)) == len(values)
-    big = sample.draw_noise(0, list(range(50)), (4, 16, 16))
+    big = draw_noise(0, list(range(50)), (4, 16, 16))
     assert abs(big.mean()) < 0.02 and abs(big.std() - 1) < 0.02
 
 
 def test_guidance_of_one_is_the_model_alone(sd15):
     sd = StableDiffusion.load(sd15)
-    z, tau = sample.draw_noise(0, [0], (4, 8, 8)), torch.tensor([500])
+    z, tau = draw_noise(0, [0], (4, 8, 8)), torch.tensor([500])
     with torch.no_grad():
         alone, nothing, guided = (
-            sample.guided_epsilon(sd, [prompt], scale, "", 64, 64)(z, tau)
+            guided_epsilon(sd, [prompt], scale, "", 64, 64)(z, tau)
             for prompt, scale in [("the cat", 1), ("", 1), ("the cat", 3)]
         )
     torch.testing.assert_close(guided, nothing + 3 * (alone - nothing))
 
 
-def test_the_command_writes_pictures_that_know_how_they_were_made(sd15, tmp_path):
+def test_the_command_writes_images_that_know_how_they_were_made(sd15, tmp_path):
     arguments = [
         "--model",
         sd15,
@@ -166,7 +170,7 @@ def test_a_repeated_run_makes_only_what_is_missing_or_was_made_otherwise(sd15, t
     assert made == [[0, 1, 2], [1, 2], [0, 1, 2]]
 
 
-def test_pictures_of_a_model_trained_on_are_made_anew(sd15_copy, tmp_path):
+def test_images_of_a_model_trained_on_are_made_anew(sd15_copy, tmp_path):
     arguments = ["--model", sd15_copy, "--prompt", "a cat", "--steps", 1, "--out", tmp_path / "out"]
     run(*arguments)
     before = (tmp_path / "out/00000.png").read_bytes()
@@ -182,7 +186,7 @@ def test_a_word_that_the_model_never_learned_is_a_notice(sd15, tmp_path, capsys)
     assert "notice: words that this model never learned: zebra\n" in capsys.readouterr().err
 
 
-def test_two_processes_make_the_pictures_of_one(sd15, tmp_path):
+def test_two_processes_make_the_images_of_one(sd15, tmp_path):
     arguments = ["--model", sd15, "--prompt", "a cat", "a red cat", "the cat", "--steps", 2, "--guidance", 2]
     one, two = (
         command(*arguments, "--out", tmp_path / "one"),
@@ -190,8 +194,8 @@ def test_two_processes_make_the_pictures_of_one(sd15, tmp_path):
     )
     assert one.returncode == 0 and two.returncode == 0, two.stderr
     for name in "00000.png", "00001.png", "00002.png", "sheet.png":
-        pictures = [np.array(Image.open(tmp_path / folder / name)).astype(int) for folder in ("one", "two")]
-        assert np.abs(pictures[0] - pictures[1]).max() <= 1
+        images = [np.array(Image.open(tmp_path / folder / name)).astype(int) for folder in ("one", "two")]
+        assert np.abs(images[0] - images[1]).max() <= 1
 
 
 def test_other_sizes_and_dtypes_work(sd15):
@@ -200,45 +204,45 @@ def test_other_sizes_and_dtypes_work(sd15):
 
 
 @pytest.mark.parametrize("folder, sampler", [("sd15", "ddim"), ("sd15", "dpm++"), ("sdxl", "ddim"), ("sd15", "flow")])
-def test_nothing_is_read_back_from_the_device_until_the_pictures_are_there(request, monkeypatch, folder, sampler):
+def test_nothing_is_read_back_from_the_device_until_the_images_are_there(request, monkeypatch, folder, sampler):
     flow = {"_class_name": "PeRFlowScheduler", "num_time_windows": 2} if sampler == "flow" else {}
     sd = helpers.shapes_only(request.getfixturevalue(folder), **flow)
-    monkeypatch.setattr(sample, "to_pixels", lambda images: images)
-    pictures = sample.generate(sd, ["a cat", "the cat"], 3, 4.0, sampler=sampler)
-    assert (pictures.device.type, pictures.shape) == ("meta", (2, 3, 64, 64))  # where nothing can be read
+    monkeypatch.setattr(sample, "to_pixels", lambdan images: images)
+    images = sample.generate(sd, ["a cat", "the cat"], 3, 4.0, sampler=sampler)
+    assert (images.device.type, images.shape) == ("meta", (2, 3, 64, 64))  # where nothing can be read
 
 
-def test_pictures_decoded_in_less_memory_are_the_same(sd15, tmp_path, monkeypatch):
+def test_images_decoded_in_less_memory_are_the_same(sd15, tmp_path, monkeypatch):
     arguments = ["--model", sd15, "--prompt", "a cat", "the cat", "--steps", 1, "--size", 144]
     asked, decode = [], model.decode_in_bands
     monkeypatch.setattr(model, "decode_in_bands", lambda *given: asked.append(1) or decode(*given, rows=16))
     assert run(*arguments, "--out", tmp_path / "whole") == 0 and not asked
     assert run(*arguments, "--out", tmp_path / "bands", "--low-memory") == 0 and asked
     for name in "00000.png", "00001.png":
-        pictures = [np.array(Image.open(tmp_path / folder / name)).astype(int) for folder in ("whole", "bands")]
-        assert np.abs(pictures[0] - pictures[1]).max() <= 1
+        images = [np.array(Image.open(tmp_path / folder / name)).astype(int) for folder in ("whole", "bands")]
+        assert np.abs(images[0] - images[1]).max() <= 1
 
 
 def test_prompts_come_from_lines_or_from_coco_captions(tmp_path):
     (tmp_path / "p.txt").write_text("  a cat \n\n日本 語\n", encoding="utf-8")
-    assert sample.read_prompts(tmp_path / "p.txt") == ["a cat", "日本 語"]
+    assert read_prompts(tmp_path / "p.txt") == ["a cat", "日本 語"]
     annotations = [
         {"image_id": 9, "id": 4, "caption": "second of 9"},
         {"image_id": 9, "id": 3, "caption": " first of\n9. "},
         {"image_id": 2, "id": 8, "caption": "of 2"},
     ]
     (tmp_path / "c.json").write_text(json.dumps({"images": [], "annotations": annotations}))
-    assert sample.read_prompts(tmp_path / "c.json") == ["of 2", "first of 9."]
+    assert read_prompts(tmp_path / "c.json") == ["of 2", "first of 9."]
 
 
 def test_a_bad_prompt_file_is_an_error(tmp_path):
     (tmp_path / "empty.txt").write_text("\n  \n")
     (tmp_path / "other.json").write_text('{"images": []}')
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    assert "holds no prompts; write one per line" in refusal(sample.read_prompts, tmp_path / "empty.txt")
-    assert "not a COCO captions JSON" in refusal(sample.read_prompts, tmp_path / "other.json")
-    assert "cannot read the prompts" in refusal(sample.read_prompts, tmp_path / "binary.txt")
-    assert "cannot read the prompts" in refusal(sample.read_prompts, tmp_path / "missing.txt")
+    assert "holds no prompts; write one per line" in refusal(read_prompts, tmp_path / "empty.txt")
+    assert "not a COCO captions JSON" in refusal(read_prompts, tmp_path / "other.json")
+    assert "cannot read the prompts" in refusal(read_prompts, tmp_path / "binary.txt")
+    assert "cannot read the prompts" in refusal(read_prompts, tmp_path / "missing.txt")
 
 
 @pytest.mark.parametrize(
@@ -272,17 +276,17 @@ def test_a_flow_needs_a_step_per_window(sd15_copy):
 
 def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot write to" in refusal(sample.make_folder, tmp_path / "file/out")
+    assert "cannot write to" in refusal(make_folder, tmp_path / "file/out")
 
 
-def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_image_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail_midway(self, file, **_):
-        file.write_bytes(b"half of a picture")
+        file.write_bytes(b"half of an image")
         raise OSError("No space left on device")
 
-    picture = np.zeros((8, 8, 3), np.uint8)
-    sample.save_png(picture, tmp_path / "a.png", {"prompt": "x"})
+    image = np.zeros((8, 8, 3), np.uint8)
+    save_png(image, tmp_path / "a.png", {"prompt": "x"})
     monkeypatch.setattr(Image.Image, "save", fail_midway)
     with pytest.raises(OSError, match="No space left"):
-        sample.save_png(picture + 1, tmp_path / "a.png", {"prompt": "y"})
-    assert sample.settings_of_png(tmp_path / "a.png") == {"prompt": "x"}  # the older one, whole
+        save_png(image + 1, tmp_path / "a.png", {"prompt": "y"})
+    assert settings_of_png(tmp_path / "a.png") == {"prompt": "x"}  # the older one, whole

@@ -1,4 +1,4 @@
-"""scenes.py: captions are parsed back exactly, pictures almost always, and the judge is neither blind nor lenient."""
+"""scenes.py: captions are parsed back exactly, images almost always, and the judge is neither blind nor lenient."""
 
 import re
 from collections import Counter
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-import scenes
-from scenes import choose_facts, claims, coverage, draw, holds, judge, make_scene, parse, prompt, sample, say
+from support import scenes
+from support.scenes import choose_facts, claims, coverage, draw, holds, judge, make_scene, parse, prompt, sample, say
 
 COLORS, SHAPES, SIZES, X, Y = scenes.COLORS, scenes.SHAPES, scenes.SIZES, scenes.X, scenes.Y
 
@@ -24,13 +24,13 @@ def degrade(image, rng, blur=0.8, noise=6):
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def items_agree(scene, picture):
+def items_agree(scene, image):
     """Every item found once with shape, color, size and its place to 2 pixels, and nothing else found."""
     for item in scene.items:
-        twins = [p for p in picture.items if (p.shape, p.color, p.size) == (item.shape, item.color, item.size)]
+        twins = [p for p in image.items if (p.shape, p.color, p.size) == (item.shape, item.color, item.size)]
         if len(twins) != 1 or np.hypot(twins[0].x - item.x, twins[0].y - item.y) > 2:
             return False
-    return len(picture.items) == len(scene.items)
+    return len(image.items) == len(scene.items)
 
 
 # ---------------------------------------------------------------- scenes
@@ -90,7 +90,7 @@ def test_a_caption_is_true_of_its_scene():
     assert all(holds(claims(sample(2, index)[1]), scene_of(2, index)) for index in range(2000))
 
 
-def test_captions_name_only_part_of_the_picture():
+def test_captions_name_only_part_of_the_image():
     told = [claims(sample(3, index)[1]) for index in range(4000)]
     share = {
         "one": np.mean([len(c.items) == 1 and c.count is None for c in told]),
@@ -142,19 +142,19 @@ def test_a_sentence_outside_the_grammar_is_refused():
             claims(caption)
 
 
-# ---------------------------------------------------------------- reading pictures
+# ---------------------------------------------------------------- reading images
 
 
 @pytest.mark.parametrize("damage, wanted", ((False, 0.99), (True, 0.97)), ids=("fresh", "blur and noise"))
-def test_pictures_are_read_wholly_right(damage, wanted):
+def test_images_are_read_wholly_right(damage, wanted):
     right, tone, pattern = [], [], []
     for index in range(1500):
         scene = scene_of(6, index)
         image = draw(scene)
-        picture = parse(degrade(image, np.random.default_rng(index)) if damage else image)
-        right.append(items_agree(scene, picture))
-        tone.append(picture.tone == scene.tone)
-        pattern.append(picture.pattern == scene.pattern)
+        image = parse(degrade(image, np.random.default_rng(index)) if damage else image)
+        right.append(items_agree(scene, image))
+        tone.append(image.tone == scene.tone)
+        pattern.append(image.pattern == scene.pattern)
     assert np.mean(np.array(right) & tone) >= wanted and np.mean(pattern) >= wanted
 
 
@@ -186,7 +186,7 @@ def test_a_ring_without_its_hole_is_a_circle_and_specks_are_nothing():
     assert [item.shape for item in parse(paint(disc | (np.hypot(X - 8, Y - 8) < 1.5))).items] == ["circle"]
 
 
-def test_any_picture_can_be_read():
+def test_any_image_can_be_read():
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3))
     for image in (np.zeros((64, 64, 3)), np.full((64, 64, 3), COLORS["red"]), noise):
         assert not judge(image.astype(np.uint8), "a blue ring")
@@ -200,9 +200,9 @@ def test_a_scene_keeps_to_its_own_caption_and_seldom_to_another(damage):
     own, other, last = [], [], "a red circle"
     for index in range(1000):
         image, caption = sample(7, index)
-        picture = parse(degrade(image, np.random.default_rng(index)) if damage else image)
-        own.append(holds(claims(caption), picture))
-        other.append(holds(claims(last), picture))
+        image = parse(degrade(image, np.random.default_rng(index)) if damage else image)
+        own.append(holds(claims(caption), image))
+        other.append(holds(claims(last), image))
         last = caption
     assert np.mean(own) >= 0.99 and np.mean(other) < 0.06
 

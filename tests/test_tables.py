@@ -8,10 +8,9 @@ import pytest
 from helpers import exit_code
 
 import data
-import experiments
-import sample
-from experiments import METHODS
-from model import StableDiffusion
+from model import MINIATURE, StableDiffusion
+from paper import tables as experiments
+from paper.tables import METHODS
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def commands(monkeypatch):
 
 
 def settings(tmp_path):
-    return SimpleNamespace(teacher=sample.MINIATURE, out=tmp_path, data=tmp_path / "latents")
+    return SimpleNamespace(teacher=MINIATURE, out=tmp_path, data=tmp_path / "latents")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +58,7 @@ def test_the_cost_of_an_update_counts_teacher_and_student():
 def test_a_method_goes_on_from_the_stages_of_another_and_none_is_trained_twice(tmp_path, commands):
     folder, cost = experiments.trained(METHODS["i"], 0, 9000, settings(tmp_path))
     assert [told["--windows"] for told in commands] == ["8", "4"]
-    assert commands[0]["--teacher"] == str(sample.MINIATURE)
+    assert commands[0]["--teacher"] == str(MINIATURE)
     assert commands[1]["--teacher"] == str(folder.parent / commands[0]["--name"])
     again, more = experiments.trained(METHODS["ii"], 0, 9000, settings(tmp_path))
     assert [told["--windows"] for told in commands] == ["8", "4", "2"]
@@ -88,12 +87,12 @@ def test_a_failed_training_ends_the_run_with_one_line(tmp_path, monkeypatch):
 
 def test_a_method_is_trained_scored_and_then_known(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "SOLVERS", [("ddim", 2), ("dpm++", 1)])
-    command = ["--methods", "i", "ddim", "--seeds", 3, "--cost", 256, "--prompts", 1, "--pictures", 4]
+    command = ["--methods", "i", "ddim", "--seeds", 3, "--cost", 256, "--prompts", 1, "--images", 4]
     command += ["--out", tmp_path / "out", "--data", tmp_path / "latents", "--json", tmp_path / "rows.json"]
     command += ["--device", "cpu"]
     assert exit_code(experiments, *command) == 2
     assert "holds no latents; make them: python data.py cache" in capsys.readouterr().err
-    data.cache(StableDiffusion.load(sample.MINIATURE).vae, data.Scenes(0), 32, tmp_path / "latents")
+    data.cache(StableDiffusion.load(MINIATURE).vae, data.Scenes(0), 32, tmp_path / "latents")
     assert exit_code(experiments, *command) == 0
     teacher, ours = json.loads((tmp_path / "rows.json").read_text())
     assert (teacher["method"], teacher["steps"], teacher["evaluations"]) == ("ddim", 2, 4)

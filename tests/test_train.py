@@ -26,8 +26,11 @@ import data
 import reflow
 import sample
 import train
-from checkpoint import build
-from model import StableDiffusion
+from model import StableDiffusion, flow_scheduler, guided_epsilon
+from support.images import image_grid
+from support.runs import load_checkpoint
+from support.streams import draw_noise
+from support.weights import build
 from unet import ResnetBlock, UNet
 from vae import VAE
 
@@ -164,7 +167,7 @@ def test_a_kill_while_a_checkpoint_moves_into_place_leaves_one_to_go_on_from(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(owner, function, kill)
         train.save_checkpoint(tmp_path, 4, parts, {})
-    assert train.load_checkpoint(tmp_path, parts, {}, torch.device("cpu")) == step
+    assert load_checkpoint(tmp_path, parts, {}, torch.device("cpu")) == step
 
 
 def test_only_the_newest_checkpoint_is_kept(tmp_path):
@@ -449,7 +452,7 @@ def test_a_share_of_the_paths_begins_where_the_average_leads(sd15, share, own):
     flow.configs = teacher.configs | {"scheduler": FLOW | {"num_time_windows": 4}}
     for i in range(own):
         caption = "" if items["dropped"][i] else items["caption"][i]
-        epsilon = sample.guided_epsilon(flow, [caption], 1, "", *items["image"].shape[2:])
+        epsilon = guided_epsilon(flow, [caption], 1, "", *items["image"].shape[2:])
         borders = [at for at in reflow.borders(4) if at >= start[i]]
         velocity = reflow.as_velocity(epsilon, teacher.alphas_cumprod, 4)
         with torch.no_grad():
@@ -481,7 +484,7 @@ def test_a_dropped_caption_is_the_empty_one(sd15):
     assert torch.equal(text, expected) and not torch.equal(text[0], text[1])
 
 
-def test_cached_latents_stand_for_their_pictures(sd15):
+def test_cached_latents_stand_for_their_images(sd15):
     sd, items = StableDiffusion.load(sd15), draw(2, 1)
     expected = train.prepare(sd, dict(items), CPU)
     mean, log_variance = sd.vae.encode(items.pop("image"))
@@ -551,9 +554,9 @@ def test_a_stage_makes_a_flow_of_a_diffusion_model(stages):
     flow, base = StableDiffusion.load(out / "stage-1"), StableDiffusion.load(out / "base")
     assert (flow.windows, flow.prediction_type) == (8, "ddim_eps")
     prompts = ["the cat", "a red cat"]
-    pictures = sample.generate(flow, prompts, 8, 2.0)
-    assert pictures.shape == (2, 64, 64, 3)
-    assert np.abs(pictures.astype(int) - sample.generate(base, prompts, 8, 2.0)).max() > 10
+    images = sample.generate(flow, prompts, 8, 2.0)
+    assert images.shape == (2, 64, 64, 3)
+    assert np.abs(images.astype(int) - sample.generate(base, prompts, 8, 2.0)).max() > 10
     assert "use flow" in refusal(sample.generate, flow, ["the cat"], 8, sampler="ddim")
 
 
@@ -569,7 +572,7 @@ def test_diffusers_opens_the_result_of_a_stage(stages):
     out, _ = stages
     ours = StableDiffusion.load(out / "stage-1")
     theirs = StableDiffusionPipeline.from_pretrained(out / "stage-1")
-    x, t = sample.draw_noise(0, [0, 1], (4, 8, 8)), torch.tensor([1000, 7])
+    x, t = draw_noise(0, [0, 1], (4, 8, 8)), torch.tensor([1000, 7])
     text, _ = ours.encode_prompt(["a red cat", ""])
     with torch.no_grad():
         expected = theirs.unet(x, t, text).sample
@@ -581,9 +584,9 @@ def test_a_flow_whose_paths_hold_guidance_says_so_and_passes_it_on(sd15):
     diffusion = StableDiffusion.load(sd15)
     assert diffusion.guidance == 4
     flow = StableDiffusion.load(sd15)
-    flow.configs["scheduler"] = train.flow_scheduler(diffusion, 8, guidance=2.5)
+    flow.configs["scheduler"] = flow_scheduler(diffusion, 8, guidance=2.5)
     assert flow.configs["scheduler"]["trained_guidance"] == 2.5 and flow.guidance == 1
-    merged = train.flow_scheduler(flow, 4)
+    merged = flow_scheduler(flow, 4)
     assert (merged["num_time_windows"], merged["trained_guidance"]) == (4, 2.5)
     prompts = ["a red cat", "a cat"]
     assert np.array_equal(sample.generate(flow, prompts, 8), sample.generate(flow, prompts, 8, guidance_scale=1))
@@ -630,7 +633,7 @@ def test_a_finished_run_resumes_into_the_same_result(stages, tmp_path):
     assert (tmp_path / weights).read_bytes() == (out / weights).read_bytes()
 
 
-def test_sdxl_learns_with_its_pooled_text_and_picture_sizes(sdxl, tmp_path, monkeypatch):
+def test_sdxl_learns_with_its_pooled_text_and_image_sizes(sdxl, tmp_path, monkeypatch):
     seen = []
     forward = UNet.forward
 
@@ -685,8 +688,8 @@ def test_a_sheet_shows_what_the_average_draws(sd15, tmp_path):
     arguments += ["--sample-every", 2, "--sample-prompts", tmp_path / "prompts.txt", "--out", tmp_path]
     assert run(*arguments) == 0
     assert [file.name for file in (tmp_path / "stage-1-run").glob("*.p*")] == ["sheet-0000002.png"]
-    pictures = sample.generate(StableDiffusion.load(tmp_path / "stage-1"), ["a red cat", "the cat"], 8, 4.0)
-    expected = np.array(sample.contact_sheet(list(pictures), ["a red cat", "the cat"], 8)).astype(int)
+    images = sample.generate(StableDiffusion.load(tmp_path / "stage-1"), ["a red cat", "the cat"], 8, 4.0)
+    expected = np.array(image_grid(list(images), ["a red cat", "the cat"], 8)).astype(int)
     with Image.open(tmp_path / "stage-1-run/sheet-0000002.png") as sheet:
         assert np.abs(np.array(sheet) - expected).max() <= 1
 
@@ -731,13 +734,13 @@ def test_a_wrong_argument_is_one_clear_line_and_exit_code_2(sd15, tmp_path, caps
 def test_a_single_file_is_refused_with_the_command_that_helps(sd15, tmp_path, capsys):
     file = sd15 / "unet/diffusion_pytorch_model.safetensors"
     assert run("--stage", 1, "--model", file, "--out", tmp_path) == 2
-    assert f"{file} is a single file; make a folder of it: python convert.py {file} FOLDER" in one_error(capsys)
+    assert f"{file} is a single file; make a folder of it: python layouts.py {file} FOLDER" in one_error(capsys)
 
 
-def test_a_folder_without_latents_or_pictures_is_refused(sd15, tmp_path, capsys):
+def test_a_folder_without_latents_or_images_is_refused(sd15, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     assert run("--stage", 1, "--model", sd15, "--data", tmp_path / "data", "--out", tmp_path) == 2
-    assert f"{tmp_path / 'data'} holds neither latents nor captioned pictures" in one_error(capsys)
+    assert f"{tmp_path / 'data'} holds neither latents nor captioned images" in one_error(capsys)
 
 
 def test_latents_of_another_size_are_refused(sd15, tmp_path, capsys):
@@ -747,16 +750,16 @@ def test_latents_of_another_size_are_refused(sd15, tmp_path, capsys):
     assert "4" in one_error(capsys)
 
 
-def test_a_folder_of_pictures_trains_sdxl_with_each_pictures_sizes(sdxl, tmp_path, monkeypatch):
+def test_a_folder_of_images_trains_sdxl_with_each_images_sizes(sdxl, tmp_path, monkeypatch):
     for name, width in ("a", 96), ("b", 128):
-        file = tmp_path / f"pictures/{name}.png"
+        file = tmp_path / f"images/{name}.png"
         file.parent.mkdir(exist_ok=True)
         Image.new("RGB", (width, 64)).save(file)
         file.with_suffix(".txt").write_text("the cat")
     seen = []
     prepare = train.prepare
     monkeypatch.setattr(train, "prepare", lambda *given: seen.append(prepare(*given)) or seen[-1])
-    arguments = ["--stage", 1, "--model", sdxl, "--iters", 1, "--data", tmp_path / "pictures", "--workers", 1]
+    arguments = ["--stage", 1, "--model", sdxl, "--iters", 1, "--data", tmp_path / "images", "--workers", 1]
     assert run(*arguments, "--out", tmp_path) == 0
     expected = [[64, 96, 0, 16, 64, 64], [64, 128, 0, 32, 64, 64]]
     assert sorted(seen[0]["time_ids"].tolist()) == expected
@@ -789,11 +792,11 @@ def test_damaged_shards_train_two_processes_with_readers_and_a_kill_leaves_no_tr
 
 def test_an_error_in_a_reader_of_data_is_one_line_as_well(sd15, tmp_path, capsys):
     for i in range(12):
-        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
         (tmp_path / f"{i}.txt").write_text("a caption")
     arguments = ["--stage", 1, "--model", sd15, "--iters", 1, "--data", tmp_path, "--workers", 1]
     assert run(*arguments, "--out", tmp_path / "out") == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: 11 of 12 pictures cannot be used")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: 11 of 12 images cannot be used")
 
 
 def test_latents_of_another_vae_are_refused(sd15, tmp_path, capsys):
@@ -804,12 +807,12 @@ def test_latents_of_another_vae_are_refused(sd15, tmp_path, capsys):
     assert "latents of another VAE" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_training_on_cached_latents_is_training_on_their_pictures(sd15, tmp_path):
+def test_training_on_cached_latents_is_training_on_their_images(sd15, tmp_path):
     """But for the half precision in which latents are kept. A cache comes in another order than scenes without end, so
-    this one is of a single picture."""
+    this one is of a single image."""
     data.cache(StableDiffusion.load(sd15).vae, data.Scenes(0), 1, tmp_path / "latents")
     lines = []
-    for name, arguments in ("pictures", []), ("latents", ["--data", tmp_path / "latents"]):
+    for name, arguments in ("images", []), ("latents", ["--data", tmp_path / "latents"]):
         arguments = ["--stage", 1, "--model", sd15, "--iters", 1, "--batch-size", 1, *arguments]
         assert run(*arguments, "--out", tmp_path / name) == 0
         lines += log_of(tmp_path / name / "stage-1-run")

@@ -6,11 +6,12 @@ import torch
 from helpers import randomize
 from parity import SMALL_SDXL_UNET, draw, without_class
 
-import convert
-from checkpoint import InputError, build, read_config
+from support import layouts
+from support.errors import InputError
+from support.weights import build, read_config
 from unet import UNet, UNetConfig, sinusoids
 
-SMALL = convert.SD15["unet"] | {"block_out_channels": [32, 64, 64, 64], "cross_attention_dim": 48}
+SMALL = layouts.SD15["unet"] | {"block_out_channels": [32, 64, 64, 64], "cross_attention_dim": 48}
 
 
 def make(settings):
@@ -20,7 +21,7 @@ def make(settings):
 
 @pytest.mark.parametrize("family, parameters, tensors", [("SD1.5", 859_520_964, 686), ("SDXL", 2_567_463_684, 1680)])
 def test_names_and_shapes_of_all_tensors_are_the_official_ones(family, parameters, tensors):
-    settings = convert.OFFICIAL[family]["unet"]
+    settings = layouts.OFFICIAL[family]["unet"]
     ours = build(UNet, read_config(UNetConfig, settings, "unet")).state_dict()
     with torch.device("meta"):
         theirs = diffusers.UNet2DConditionModel(**without_class(settings)).state_dict()

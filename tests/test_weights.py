@@ -10,8 +10,8 @@ import torch
 from helpers import edit, read, refusal, rewrite, same, write
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 from model import StableDiffusion
+from support.weights import build, read_config
 from unet import UNet, UNetConfig
 
 load = StableDiffusion.load
@@ -237,8 +237,8 @@ def large(sd15, tmp_path_factory):
     for dtype in torch.float32, torch.float16:
         path = shutil.copytree(sd15, folder / str(dtype))
         edit(path / "unet/config.json", block_out_channels=[80, 160, 320, 320], norm_num_groups=16)
-        config = checkpoint.read_config(UNetConfig, read(path / "unet/config.json"), "unet")
-        shapes = checkpoint.build(UNet, config).state_dict()
+        config = read_config(UNetConfig, read(path / "unet/config.json"), "unet")
+        shapes = build(UNet, config).state_dict()
         save_file({name: torch.ones(t.shape, dtype=dtype) for name, t in shapes.items()}, path / "unet" / UNET_FILE)
         for file in path / "vae" / UNET_FILE, path / "text_encoder" / TEXT_FILE:
             rewrite(file, lambda tensors, dtype=dtype: {name: tensor.to(dtype) for name, tensor in tensors.items()})

@@ -1,12 +1,12 @@
 """Speed and memory, always as a ratio to what people would use instead, measured in the same run.
 
     python bench.py load        load SD1.5 from a folder: seconds and peak memory, ours and diffusers'
-    python bench.py data        pictures per second that one and two reader processes deliver, for each kind of data
+    python bench.py data        images per second that one and two reader processes deliver, for each kind of data
     python bench.py networks    UNet and VAE at official sizes, ours and diffusers'
     python bench.py decode      1024 pixels in little memory: ours in bands of rows, diffusers' in tiles
     python bench.py text        the text encoder of SD1.5, ours and transformers'
-    python bench.py pipeline    text to picture at SD1.5's size, ours and diffusers'
-    python bench.py start       process start to first picture on the miniature, ours and a diffusers script
+    python bench.py pipeline    text to image at SD1.5's size, ours and diffusers'
+    python bench.py start       process start to first image on the miniature, ours and a diffusers script
     python bench.py frechet     Frechet distance, ours and scipy.linalg.sqrtm's
     python bench.py limit       the UNet's operations per second, and of what kernels its time is made
     python bench.py step        a training iteration of a merging stage, and of PeRFlow's recipe
@@ -35,18 +35,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-import checkpoint
-import convert
 import data
 import fid
 import reflow
-import runs
 import sample
 import train
 from clip_text import BEGIN, END, ClipText, ClipTextConfig
-from model import StableDiffusion
+from model import MINIATURE, StableDiffusion, flow_scheduler, save_flow
+from support import layouts
+from support.files import write_between, write_json
+from support.runs import start_training
+from support.weights import build, read_config
 from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig, decode_in_bands
+from vae import VAE, VAEConfig
 
 # Each side runs in a process of its own, prints seconds to load, seconds until every weight was read once, peak bytes.
 LOAD = {
@@ -81,7 +82,7 @@ print(json.dumps([loaded, read, peak / size]))
 
 
 def random_model(family: dict, folder: Path, dtype: str) -> Path:
-    """A folder of this family (of `convert.OFFICIAL`) with random weights, as diffusers writes it; made once."""
+    """A folder of this family (of `layouts.OFFICIAL`) with random weights, as diffusers writes it; made once."""
     import diffusers
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel
@@ -103,7 +104,7 @@ def random_model(family: dict, folder: Path, dtype: str) -> Path:
         (tokenizer / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
         (tokenizer / "merges.txt").write_text("#version: 0.2\n")
         special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
-        checkpoint.write_json(tokenizer / "tokenizer_config.json", special | {"model_max_length": 77})
+        write_json(tokenizer / "tokenizer_config.json", special | {"model_max_length": 77})
     (folder / "model_index.json").write_text(json.dumps(family["model_index"]))  # last: what it names is there
     return folder
 
@@ -111,7 +112,7 @@ def random_model(family: dict, folder: Path, dtype: str) -> Path:
 def bench_load(args: argparse.Namespace) -> list[dict]:
     rows = []
     for stored, asked in (("float32", "float32"), ("float16", "float16"), ("float16", "float32")):
-        folder = random_model(convert.SD15, args.work / f"sd15-{stored}", stored)
+        folder = random_model(layouts.SD15, args.work / f"sd15-{stored}", stored)
         results = {side: [] for side in LOAD}
         for _ in range(args.runs):  # alternating, so that both meet the same machine
             for side, imports in LOAD.items():
@@ -134,14 +135,14 @@ def bench_load(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     """JPEGs of 768 x 576 with about the detail of a photograph (some 90 KB each), once as a folder, once as shards."""
     rng = np.random.default_rng(0)
     for i in range(count):
         coarse, fine = (rng.integers(0, 256, (n * 3, n * 4, 3), np.uint8) for n in (6, 96))
         layers = [Image.fromarray(noise).resize((768, 576), Image.Resampling.BICUBIC) for noise in (coarse, fine)]
         Image.blend(*layers, 0.15).save(folder / f"files/{i:05d}.jpg", quality=90)
-        (folder / f"files/{i:05d}.txt").write_text(f"picture number {i}")
+        (folder / f"files/{i:05d}.txt").write_text(f"image number {i}")
     with tarfile.open(folder / "shards/00000.tar", "w") as tar:
         for file in sorted((folder / "files").iterdir()):
             tar.add(file, file.name)
@@ -154,7 +155,7 @@ def bench_data(args: argparse.Namespace) -> list[dict]:
         aside = folder.with_suffix(".partial")
         for name in "files", "shards", "latents":
             (aside / name).mkdir(parents=True, exist_ok=True)
-        make_pictures(aside, count)
+        make_images(aside, count)
         noise = torch.randn(2, count, 4, 64, 64)
         data.write_latents(aside / "latents/0.safetensors", *noise, ["a caption"] * count)
         aside.rename(folder)
@@ -162,10 +163,10 @@ def bench_data(args: argparse.Namespace) -> list[dict]:
     kinds["drawn scenes"] = data.Scenes(0)
     rows = []
     for name, source in kinds.items():
-        row = {"data": name, "bytes per picture": None}
+        row = {"data": name, "bytes per image": None}
         if name != "drawn scenes":
             files = [file for file in (folder / name).iterdir() if file.suffix != ".txt"]
-            row["bytes per picture"] = sum(file.stat().st_size for file in files) // count
+            row["bytes per image"] = sum(file.stat().st_size for file in files) // count
         shape = (4, 8, 8) if name == "drawn scenes" else (4, 64, 64)
         for workers in 1, 2:
             rates = []
@@ -176,7 +177,7 @@ def bench_data(args: argparse.Namespace) -> list[dict]:
                     next(batches)
                 start = time.perf_counter()
                 rates.append(sum(len(items["caption"]) for items in batches) / (time.perf_counter() - start))
-            row[f"pictures/s, {workers} readers"] = round(statistics.median(rates))
+            row[f"images/s, {workers} readers"] = round(statistics.median(rates))
         rows.append(row)
         print(
             ", ".join(f"{key}: {value if isinstance(value, str) else round(value or 0)}" for key, value in row.items())
@@ -239,7 +240,7 @@ def bench_networks(args: argparse.Namespace) -> list[dict]:
     return rows + [compare_decoders(name, args) for name in names]
 
 
-FAMILIES = {"SD1.5": (convert.SD15, 64), "SDXL": (convert.SDXL, 128)}  # configurations, and the size of latents
+FAMILIES = {"SD1.5": (layouts.SD15, 64), "SDXL": (layouts.SDXL, 128)}  # configurations, and the size of latents
 
 
 @torch.inference_mode()
@@ -247,12 +248,12 @@ def compare_unets(name: str, dtype: torch.dtype, args: argparse.Namespace) -> li
     import diffusers
 
     family, size = FAMILIES[name]
-    cfg = checkpoint.read_config(UNetConfig, family["unet"], "unet")
+    cfg = read_config(UNetConfig, family["unet"], "unet")
     with torch.device(args.device):
         theirs = diffusers.UNet2DConditionModel(**plain(family["unet"])).to(dtype).eval()
         x, text = torch.randn(2, 4, size, size, dtype=dtype), torch.randn(2, 77, cfg.cross_attention_dim, dtype=dtype)
         t, pooled, sizes = torch.tensor([999, 17]), torch.randn(2, 1280, dtype=dtype), torch.zeros(2, 6)
-    ours = checkpoint.build(UNet, cfg)
+    ours = build(UNet, cfg)
     ours.load_state_dict(theirs.state_dict(), assign=True)
     added = {"text_embeds": pooled, "time_ids": sizes}
     sides = {
@@ -276,12 +277,12 @@ def compare_decoders(name: str, args: argparse.Namespace, low_memory: bool = Fal
     with torch.device(args.device):
         theirs = diffusers.AutoencoderKL(**plain(family["vae"])).eval()
         z = torch.randn(1, 4, size, size)
-    ours = checkpoint.build(VAE, checkpoint.read_config(VAEConfig, family["vae"], "vae"))
+    ours = build(VAE, read_config(VAEConfig, family["vae"], "vae"))
     ours.load_state_dict(theirs.state_dict(), assign=True)
     decode, what = ours.decode, f"VAE decode {name}, float32, {8 * size} pixels"
     if low_memory:
         theirs.enable_tiling()
-        decode, what = functools.partial(decode_in_bands, ours), f"{what}, in little memory"
+        decode, what = functools.partial(ours), f"{what}, in little memory"
     sides = {"ours": lambda: decode(z), "diffusers": lambda: theirs.decode(z).sample}
     return compare(what, sides, args.runs, args.device)
 
@@ -294,11 +295,11 @@ def bench_decode(args: argparse.Namespace) -> list[dict]:
 def bench_text(args: argparse.Namespace) -> list[dict]:
     import transformers
 
-    settings = convert.SD15["text_encoder"]
+    settings = layouts.SD15["text_encoder"]
     with torch.device(args.device):
         theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**settings)).eval()
         ids = torch.randint(1000, 40000, (16, 77))
-    ours = checkpoint.build(ClipText, checkpoint.read_config(ClipTextConfig, settings, "text_encoder"))
+    ours = build(ClipText, read_config(ClipTextConfig, settings, "text_encoder"))
     prefix = "" if next(iter(theirs.state_dict())).startswith("text_model.") else "text_model."
     ours.load_state_dict({prefix + name: weight for name, weight in theirs.state_dict().items()}, assign=True)
     sides = {"ours": lambda: ours(ids), "transformers": lambda: theirs(ids, output_hidden_states=True)}
@@ -306,10 +307,10 @@ def bench_text(args: argparse.Namespace) -> list[dict]:
 
 
 def bench_pipeline(args: argparse.Namespace) -> list[dict]:
-    """Text to picture in four DDIM steps with guidance, at SD1.5's size; loading is not counted."""
+    """Text to image in four DDIM steps with guidance, at SD1.5's size; loading is not counted."""
     import diffusers
 
-    folder = random_model(convert.SD15, args.work / "sd15-float32", "float32")
+    folder = random_model(layouts.SD15, args.work / "sd15-float32", "float32")
     dtype = torch.float16 if args.device.startswith("cuda") else torch.float32
     diffusers.utils.logging.disable_progress_bar()
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(args.device)
@@ -319,7 +320,7 @@ def bench_pipeline(args: argparse.Namespace) -> list[dict]:
         "ours": lambda: sample.generate(ours, ["word1 word2"], 4, 4.0),
         "diffusers": lambda: theirs("word1 word2", num_inference_steps=4, guidance_scale=4.0, output_type="np"),
     }
-    return [compare("text to picture, SD1.5, 4 steps", sides, args.runs, args.device)]
+    return [compare("text to image, SD1.5, 4 steps", sides, args.runs, args.device)]
 
 
 DIFFUSERS_SCRIPT = """
@@ -331,17 +332,17 @@ pipeline("a red circle", num_inference_steps=4, guidance_scale=4.0).images[0].sa
 
 
 def bench_start(args: argparse.Namespace) -> list[dict]:
-    """From the start of Python to the first picture in a file, on the miniature."""
+    """From the start of Python to the first image in a file, on the miniature."""
     out = args.work / "start"
-    theirs = DIFFUSERS_SCRIPT.format(folder=str(sample.MINIATURE), out=str(args.work / "start.png"))
-    ours = ["sample.py", "--prompt", "a red circle", "--model", sample.MINIATURE, "--out", out, "--device", args.device]
+    theirs = DIFFUSERS_SCRIPT.format(folder=str(MINIATURE), out=str(args.work / "start.png"))
+    ours = ["sample.py", "--prompt", "a red circle", "--model", MINIATURE, "--out", out, "--device", args.device]
 
     def call(*arguments: object) -> None:
         shutil.rmtree(out, ignore_errors=True)  # else there would be nothing to do
         subprocess.run([sys.executable, *map(str, arguments)], check=True, capture_output=True)
 
     sides = {"ours": lambda: call(*ours), "diffusers": lambda: call("-c", theirs)}
-    return [compare("process start to first picture, miniature", sides, args.runs, "cpu")]
+    return [compare("process start to first image, miniature", sides, args.runs, "cpu")]
 
 
 def bench_frechet(args: argparse.Namespace) -> list[dict]:
@@ -362,10 +363,10 @@ def bench_frechet(args: argparse.Namespace) -> list[dict]:
 def bench_step(args: argparse.Namespace) -> list[dict]:
     """An iteration of a merging stage (two teacher steps) against PeRFlow's (eight), batch and networks equal."""
     windows, batch = 4, 64
-    base, flow = (StableDiffusion.load(sample.MINIATURE, args.device) for _ in range(2))
-    flow.configs = flow.configs | {"scheduler": train.flow_scheduler(flow, 8)}
-    student = StableDiffusion.load(sample.MINIATURE, args.device).unet.requires_grad_(True)
-    samples = data.Samples(data.Scenes(0), 0, (4, 8, 8), reflow.borders(windows), points=1)
+    base, flow = (StableDiffusion.load(MINIATURE, args.device) for _ in range(2))
+    flow.configs = flow.configs | {"scheduler": flow_scheduler(flow, 8)}
+    student = StableDiffusion.load(MINIATURE, args.device).unet.requires_grad_(True)
+    samples = data.Samples(data.Scenes(0), 0, (4, 8, 8), reflow.boundaries(windows), points=1)
     items = torch.utils.data.default_collate([samples[i] for i in range(batch)])
     prepared = train.prepare(base, items, torch.device(args.device))
 
@@ -378,8 +379,8 @@ def bench_step(args: argparse.Namespace) -> list[dict]:
     return [compare("training iteration to 4 windows, miniature, batch 64", sides, args.runs, args.device)]
 
 
-# Per GPU: pictures in a batch, and their size; with gradient checkpointing. The rest is what train.py does by default.
-TRAINED = {"SD1.5": (convert.SD15, 32, 512), "SDXL": (convert.SDXL, 8, 1024)}
+# Per GPU: images in a batch, and their size; with gradient checkpointing. The rest is what train.py does by default.
+TRAINED = {"SD1.5": (layouts.SD15, 32, 512), "SDXL": (layouts.SDXL, 8, 1024)}
 PEAK = {"H100": 989, "H200": 989, "A100": 312}  # TFLOP/s of dense bfloat16, as the maker says
 
 
@@ -392,7 +393,7 @@ def bench_train(args: argparse.Namespace) -> list[dict]:
         flow, latents = args.work / f"train-{name}-flow", args.work / f"latents-{pixels}"
         if not flow.exists():
             sd = StableDiffusion.load(base, dtype=None)
-            runs.save_flow(sd.unet, train.flow_scheduler(sd, 8), base, flow, torch.float16)
+            save_flow(sd.unet, flow_scheduler(sd, 8), base, flow, torch.float16)
         if not latents.exists():
             aside = latents.with_suffix(".partial")
             aside.mkdir(exist_ok=True)
@@ -434,20 +435,20 @@ def logged(command: list, args: argparse.Namespace) -> dict:
 
 
 def forward_flops(family: dict, pixels: int) -> int:
-    """Floating-point operations of the UNet's forward pass for one picture: matrix products and convolutions."""
+    """Floating-point operations of the UNet's forward pass for one image: matrix products and convolutions."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    cfg = checkpoint.read_config(UNetConfig, family["unet"], "unet")
+    cfg = read_config(UNetConfig, family["unet"], "unet")
     pooled = (cfg.projection_class_embeddings_input_dim or 0) - 6 * (cfg.addition_time_embed_dim or 0)
     shapes = (1, 4, pixels // 8, pixels // 8), (1,), (1, 77, cfg.cross_attention_dim), (1, pooled), (1, 6)
     with FlopCounterMode(display=False) as counter:
-        checkpoint.build(UNet, cfg)(*(torch.empty(shape, device="meta") for shape in shapes))
+        build(UNet, cfg)(*(torch.empty(shape, device="meta") for shape in shapes))
     return counter.get_total_flops()
 
 
 def bench_growth(args: argparse.Namespace) -> list[dict]:
     """How cost grows, on the miniature: one thing at a time, with all others as in `usual`. Medians of several runs."""
-    sd, usual, rows = StableDiffusion.load(sample.MINIATURE, args.device), {"steps": 4, "batch": 16, "pixels": 64}, []
+    sd, usual, rows = StableDiffusion.load(MINIATURE, args.device), {"steps": 4, "batch": 16, "pixels": 64}, []
     for name, values in {"steps": (1, 2, 4, 8, 16, 32), "batch": (1, 4, 16, 64), "pixels": (64, 128, 256)}.items():
         seconds = {}
         for value in values:
@@ -458,14 +459,14 @@ def bench_growth(args: argparse.Namespace) -> list[dict]:
                 sample.generate(sd, prompts, at["steps"], size=at["pixels"])
                 times.append(time.perf_counter() - start)
             seconds[value] = round(1000 * statistics.median(times[1:]) / at["batch"], 2)
-        rows.append({"what": f"sampling, {name}", "unit": "ms per picture", "values": seconds})
+        rows.append({"what": f"sampling, {name}", "unit": "ms per image", "values": seconds})
         print(rows[-1], flush=True)
     shutil.rmtree(args.work / "growth", ignore_errors=True)
     rates = {}
     for processes in 1, 2:  # the same batch for each, so that twice as many samples pass with two
         command = ["--stage", 1, "--name", processes, "--out", args.work / "growth", "--device", args.device]
         command += ["--iters", 60, "--batch-size", 8, "--sample-every", 0]
-        runs.start_training(command, processes, threads=1, check=True, capture_output=True)
+        start_training(command, processes, threads=1, check=True, capture_output=True)
         log = (args.work / f"growth/{processes}-run/log.jsonl").read_text().splitlines()
         rates[processes] = round(json.loads(log[-1])["evaluations_per_second"])
     rows.append({"what": "training stage 1, processes of one thread", "unit": "evaluations/s", "values": rates})
@@ -483,13 +484,13 @@ def bench_limit(args: argparse.Namespace) -> list[dict]:
     gpu = args.device.startswith("cuda")
     dtype = torch.bfloat16 if gpu else torch.float32
     with torch.device(args.device):
-        unet = UNet(checkpoint.read_config(UNetConfig, convert.SD15["unet"], "unet")).to(dtype)
+        unet = UNet(read_config(UNetConfig, layouts.SD15["unet"], "unet")).to(dtype)
         x, text = torch.randn(2, 4, 64, 64, dtype=dtype), torch.randn(2, 77, 768, dtype=dtype)
         t, square = torch.tensor([999, 17]), torch.randn(4096, 4096, dtype=dtype)
     name = f"UNet SD1.5, {str(dtype).removeprefix('torch.')}, batch 2"
     sides = {"ours": lambda: unet(x, t, text), "a product of two matrices of 4096": lambda: square @ square}
     row = compare(name, sides, args.runs, args.device)
-    flops = 2 * forward_flops(convert.SD15, 512) / row["ours"], 2 * 4096**3 / row["theirs"]
+    flops = 2 * forward_flops(layouts.SD15, 512) / row["ours"], 2 * 4096**3 / row["theirs"]
     rates = {f"GFLOP/s{where}": round(rate / 1e9) for where, rate in zip(("", f" in {row['peer']}"), flops)}
 
     with torch.profiler.profile() as profile:
@@ -537,7 +538,7 @@ def peak_ratio(row: dict) -> str:
 
 def write_table(args: argparse.Namespace) -> list:
     readme = RESULTS.parent.parent / "README.md"
-    checkpoint.write_between(readme, MARKS, table())
+    write_between(readme, MARKS, table())
     return []
 
 

@@ -1,6 +1,6 @@
 """Run the code in walkthrough.md and put what it prints below it, so that the text cannot go stale.
 
-python docs/walkthrough.py           write docs/walkthrough.md and its pictures anew
+python docs/walkthrough.py           write docs/walkthrough.md and its images anew
 """
 
 import contextlib
@@ -14,9 +14,9 @@ HERE = Path(__file__).resolve().parent
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n.*?```\n)?", re.DOTALL)
 
 
-def rerun(markdown: str, pictures: Path) -> str:
-    """The same text with the output of every python block below it; `pictures` is where its show() writes."""
-    names = {"pictures": pictures}
+def rerun(markdown: str, images: Path) -> str:
+    """The same text with the output of every python block below it; `images` is where its show() writes."""
+    names = {"images": images}
 
     def execute(block: re.Match) -> str:
         printed = io.StringIO()

@@ -1,0 +1,1 @@
+"""A Stable Diffusion small enough for a laptop, trained from nothing on drawn scenes."""

@@ -1,0 +1,1 @@
+"""What all modules stand on and a reader may skip: nothing of the method is here."""

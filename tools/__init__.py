@@ -1,0 +1,1 @@
+"""Commands around a model: convert it, encode a data set once, measure speed, use it in diffusers."""
