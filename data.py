@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -33,7 +33,7 @@ from support.captions import read_index
 from support.devices import rank_and_world
 from support.errors import InputError
 from support.files import write_tensors
-from support.images import SUFFIXES, on_white
+from support.images import SUFFIXES, read_image
 from support.shards import read_table, shard_files
 from support.streams import CROP, NOISE, ORDER, POSTERIOR, TIME, UNCOND, stream
 from support.weights import tensor_names
@@ -94,8 +94,7 @@ class Images(Dataset):
         caption = " ".join(caption.split())
         if not caption:
             raise ValueError("its caption is empty")
-        with Image.open(file) as image:
-            image = on_white(ImageOps.exif_transpose(image))
+        image = read_image(file, upright=True, on_white=True)
         width, height = image.size
         scale = self.size / min(width, height)
         image = image.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
