@@ -63,12 +63,12 @@ def activations(cfg: UNetConfig, batch: int, pixels: int, recompute: bool) -> in
     """Bytes that the backward pass of the student needs from its forward pass. With gradient checkpointing: the inputs
     of all blocks, and what the largest block computes again."""
     unet = build(UNet, cfg).to(torch.bfloat16).requires_grad_(True)
-    weights = {id(weight) for weight in unet.parameters()}
+    weights = {weight.untyped_storage()._cdata for weight in unet.parameters()}
     saved, blocks, inputs = {}, [], []  # saved: storage -> bytes; each counts once
 
     def save(tensor: Tensor) -> Tensor:
-        if id(tensor) not in weights:
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
             saved[storage._cdata] = (storage.nbytes(), tensor)  # kept, so that no other takes its place
         return tensor
 
