@@ -255,7 +255,7 @@ def test_save_is_all_or_nothing(sd15_copy, sdxl, error, monkeypatch):
             raise error
         save_file(tensors, file, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", fail_on_the_vae)
+    monkeypatch.setattr("support.files.save_file", fail_on_the_vae)
     if error is KeyboardInterrupt:
         with pytest.raises(KeyboardInterrupt):
             load(sdxl).save(sd15_copy)
