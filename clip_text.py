@@ -77,6 +77,10 @@ class ClipTextConfig:
         "transformers_version": ...,
     }  # fmt: skip
 
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} cannot be divided among {self.num_attention_heads} heads")
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)  # OpenAI's early approximation of gelu, part of their trained weights

@@ -226,7 +226,8 @@ class StableDiffusion:
             network_class, config_class, _ = NETWORKS[name]
             if name == "text_encoder_2":  # some folders leave out that it projects its sentence vector
                 configs[name]["architectures"] = ["CLIPTextModelWithProjection"]
-            networks[name] = build(network_class, read_config(config_class, configs[name], f"{path}: {name} config"))
+            where = f"{path}: {name} config"
+            networks[name] = build(network_class, read_config(config_class, configs[name], where), where)
             keys, stored = networks[name].state_dict().keys(), files[name].keys()
             if family:
                 sources = layouts.sources_in_single_file(family, name, keys, stored)

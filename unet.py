@@ -62,6 +62,9 @@ class UNetConfig:
         for name in "attention_head_dim", "transformer_layers_per_block", "down_block_types", "up_block_types":
             if len(getattr(self, name)) != levels:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, block_out_channels has {levels}")
+        for width, heads in zip(self.block_out_channels, self.attention_head_dim):
+            if width % heads:
+                raise ValueError(f"block_out_channels: {width} cannot be divided among {heads} heads")
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:

@@ -9,6 +9,8 @@ Read `model.py` first; this is what its `load` and `save` stand on. Where names 
 
 import dataclasses
 import re
+import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +41,8 @@ def read_config(config_class: type, settings: dict, where: str):
             continue
         if name not in fields and name not in config_class.ONLY:
             raise InputError(f"{where}: {name} = {value!r} is not supported: we do not know this setting")
+        if name in fields and not fits(value, fields[name].type):
+            raise InputError(f"{where}: {name} = {value!r} is not of the kind that this setting has")
         allowed = config_class.ONLY.get(name, ...)
         if allowed is not ... and not all(part in as_tuple(allowed) for part in as_tuple(value)):
             only = " and ".join(map(repr, as_tuple(allowed)))
@@ -48,8 +52,20 @@ def read_config(config_class: type, settings: dict, where: str):
             raise InputError(f"{where}: {name} is missing")
     try:
         return config_class(**{name: settings[name] for name in fields if settings.get(name) is not None})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def fits(value: object, kind: object) -> bool:
+    """Is a value from a JSON file one of a field's type, such as `int | list[int]`? No number may be negative."""
+    choices = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, choice) for choice in choices)
+    if choices:  # a list or tuple
+        return isinstance(value, list | tuple) and all(fits(part, choices[0]) for part in value)
+    if kind in (int, float):
+        return type(value) in (int, kind) and 0 <= value < 10**9
+    return isinstance(value, kind)
 
 
 def as_tuple(value) -> tuple:
@@ -113,10 +129,14 @@ def find_tensors(folder: Path, stem: str, dtype: torch.dtype | None, variant: st
     return {name: shard for shard in shards for name in tensor_names(shard)}
 
 
-def build(network_class: type[nn.Module], config) -> nn.Module:
-    """The network without its weights, frozen and in eval mode."""
-    with torch.device("meta"):
-        return network_class(config).eval().requires_grad_(False)
+def build(network_class: type[nn.Module], config, where: str = "config") -> nn.Module:
+    """The network without its weights, frozen and in eval mode. Raises InputError."""
+    try:
+        with torch.device("meta"):
+            return network_class(config).eval().requires_grad_(False)
+    except Exception as error:  # torch has many ways to say that a size is impossible
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{where}: {reason}") from error
 
 
 def assign(
