@@ -25,7 +25,7 @@ def clip_bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> token
     bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token=END, end_of_word_suffix="</w>"))
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
-    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    words = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     split = pre_tokenizers.Split(words, behavior="removed", invert=True)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
@@ -81,15 +81,15 @@ def add_tokens(bpe: tokenizers.Tokenizer, special: dict, added: dict[str, int]) 
             tokens[token["content"]] = as_added(token | {"special": True})
     listed = special.get("added_tokens_decoder", {})
     tokens |= {listed[i]["content"]: as_added(listed[i]) for i in sorted(listed, key=int)}
+    ids = added | {listed[i]["content"]: int(i) for i in listed}
     known = {token.content for token in bpe.get_added_tokens_decoder().values()}  # a tokenizer.json has said it all
     for name, token in tokens.items():
-        if name not in known and (token.special or name in added or bpe.token_to_id(name) is None):
+        if name not in known and (name in ids or bpe.token_to_id(name) is not None):
             bpe.add_tokens([token])
-    ids = added | {listed[i]["content"]: int(i) for i in listed}
     if wrong := [name for name, i in ids.items() if bpe.token_to_id(name) != i]:
         raise ValueError(f"the added token {wrong[0]!r} does not get its id, {ids[wrong[0]]}")
 
 
 def as_added(token: dict) -> AddedToken:
     flags = {name: token[name] for name in ("single_word", "lstrip", "rstrip", "special") if name in token}
-    return AddedToken(token["content"], normalized=token.get("normalized", False), **flags)
+    return AddedToken(token["content"], normalized=token.get("normalized", not token.get("special")), **flags)
