@@ -20,7 +20,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin with a mark
         if not isinstance(content, dict):
             raise ValueError("no names and values in braces")
         return content
