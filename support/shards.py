@@ -12,32 +12,34 @@ from tqdm import tqdm
 from support.captions import lines_of, read_text
 from support.devices import rank_and_world
 from support.errors import InputError
-from support.images import SUFFIXES, is_hidden, natural
+from support.images import SUFFIXES, is_hidden
 
-ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how such files begin
+ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COLUMNS = dict.fromkeys(SUFFIXES, 0) | {".txt": 2, ".json": 4}
 
 
 def shards_in(folder: Path) -> list[Path]:
-    files = [file for file in folder.iterdir() if file.name.lower().endswith(ENDINGS) and not is_hidden(file.name)]
-    return sorted(files, key=natural)
+    return sorted(file for file in folder.iterdir() if file.name.lower().endswith(ENDINGS) and not is_hidden(file.name))
 
 
 def shard_files(where: Path) -> list[Path]:
     """The tar files that a folder, a list or a pattern means. Raises InputError where one does not exist."""
     if where.is_dir():
-        return shards_in(where)
-    names = expand(str(where))
-    if where.suffix.lower() == ".txt":
+        names = map(str, shards_in(where))
+    elif where.suffix.lower() == ".txt":
         lines = [line.strip().replace("\\", "/") for line in lines_of(read_text(where))]
         names = [str(where.parent / line) for line in lines if line]
+    else:
+        names = expand(str(where))
     files = []
     for name in names:
-        found = sorted(map(Path, glob.glob(name.replace("[", "[[]"))), key=natural)  # names may hold brackets
+        found = sorted(map(Path, glob.glob(name.replace("[", "[[]"))))  # names may hold brackets
         if not found:
             raise InputError(f"{name} does not exist; check the path")
         files += found
+    for file in files:
+        if file.suffix.lower() != ".tar":
+            raise InputError(f"{file} is no .tar file; unpack it to one, where samples can be read one by one")
     return files
 
 
@@ -75,9 +77,6 @@ def read_table(file: Path) -> tuple[np.ndarray, object]:
     samples, error = {}, None
     try:
         with open(file, "rb") as stream:
-            if stream.read(8).startswith(COMPRESSED):
-                raise InputError(f"{file} is compressed; unpack it to a .tar, where samples can be read one by one")
-            stream.seek(0)
             while block := stream.read(512):
                 if not block.strip(b"\0"):
                     continue  # the end of a tar, which another may follow: cat a.tar b.tar

@@ -14,11 +14,18 @@ from support.errors import InputError
 from support.images import find_images, read_image, settings_of_png
 
 RGB = Image.fromarray(np.random.default_rng(8).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+GREY, CLEAR = Image.new("L", (30, 20), 100), Image.new("L", (30, 20), 0)
 DEEP = (np.arange(600, dtype=np.uint16) * 109).reshape(20, 30)  # 16 bits of grey
 
 
-def pixels(file, **settings):
-    image = read_image(file, **settings)
+def saved(image, kind="png", **settings):
+    content = io.BytesIO()
+    image.save(content, kind, **settings)
+    return content.getvalue()
+
+
+def pixels(content, **settings):
+    image = read_image(io.BytesIO(content), **settings)
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -31,10 +38,8 @@ def test_images_are_found_in_natural_order_and_nothing_that_is_hidden(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "t/folder.png").mkdir()
-    (tmp_path / "t/a/circle").symlink_to(tmp_path / "t")
-    (tmp_path / "other/back").symlink_to(tmp_path / "t/a")
-    (tmp_path / "t/link").symlink_to(tmp_path / "other")
-    (tmp_path / "t/link2").symlink_to(tmp_path / "other")
+    for link, folder in ("t/a/circle", "t"), ("other/back", "t/a"), ("t/link", "other"), ("t/link2", "other"):
+        (tmp_path / link).symlink_to(tmp_path / folder)
     found = [file.relative_to(tmp_path / "t").as_posix() for file in find_images(tmp_path / "t")]
     assert [name.replace("link2", "link") for name in found] == ["a/9.JPG", "a/10.png", "b.webp", "link/1.tiff"]
     assert len(find_images(tmp_path / "t/a/.hidden")) == 1  # a hidden folder that was asked for
@@ -43,40 +48,27 @@ def test_images_are_found_in_natural_order_and_nothing_that_is_hidden(tmp_path):
             find_images(folder)
 
 
-@pytest.mark.parametrize("mode, ending", [("L", "png"), ("1", "bmp"), ("P", "png"), ("CMYK", "tif"), ("LA", "png")])
-def test_images_of_any_mode_are_read_as_pillow_does(tmp_path, mode, ending):
-    RGB.convert(mode).save(tmp_path / f"x.{ending}")
-    with Image.open(tmp_path / f"x.{ending}") as image:
-        assert np.array_equal(pixels(tmp_path / f"x.{ending}"), image.convert("RGB"))
-
-
-@pytest.mark.parametrize("mode, ending", [("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif"), ("I", "tif")])
-def test_16_bits_of_grey_are_scaled(tmp_path, mode, ending):
-    image = Image.fromarray(DEEP) if mode == "I;16" else Image.fromarray(DEEP.astype(np.int32)).convert(mode)
-    image.save(tmp_path / f"x.{ending}")
-    for settings in {}, {"upright": True, "on_white": True}:
-        assert np.array_equal(pixels(tmp_path / f"x.{ending}", **settings), (DEEP // 256)[..., None].repeat(3, 2))
-
-
-@pytest.mark.parametrize("mode, ending", [("RGBA", "png"), ("RGBA", "webp"), ("LA", "png"), ("P", "png")])
-def test_what_is_transparent_is_white_or_as_if_opaque(tmp_path, mode, ending):
-    color = Image.new("L", (8, 8), 100)
-    image = Image.merge("LA", (color, Image.new("L", (8, 8), 0))) if mode == "LA" else color.convert(mode)
-    image.putalpha(0) if mode == "RGBA" else None
-    settings = {"transparency": bytes(256)} if mode == "P" else {"exact": True, "lossless": True}
-    image.save(tmp_path / f"x.{ending}", **settings)
-    assert (pixels(tmp_path / f"x.{ending}", on_white=True) == 255).all()
-    assert (pixels(tmp_path / f"x.{ending}") == 100).all()
-
-
-@pytest.mark.parametrize("turn", range(1, 9))
-def test_images_are_turned_upright_as_pillow_does(tmp_path, turn):
-    exif = Image.Exif()
-    exif[0x0112] = turn
-    RGB.save(tmp_path / "x.png", exif=exif)
-    with Image.open(tmp_path / "x.png") as image:
-        assert np.array_equal(pixels(tmp_path / "x.png", upright=True), ImageOps.exif_transpose(image))
-        assert np.array_equal(pixels(tmp_path / "x.png"), image)
+@pytest.mark.parametrize(
+    "image, kind, settings, level",
+    [
+        (Image.fromarray(DEEP), "png", {}, DEEP // 256),
+        (Image.fromarray(DEEP), "tiff", {}, DEEP // 256),
+        (Image.fromarray(DEEP.astype(np.int32)).convert("I;16B"), "tiff", {}, DEEP // 256),
+        (Image.fromarray(DEEP.astype(np.int32)), "tiff", {}, DEEP // 256),
+        (GREY.convert("1", dither=0), "bmp", {}, 0),
+        (GREY.convert("CMYK"), "tiff", {}, 100),
+        (Image.merge("RGBA", (GREY, GREY, GREY, CLEAR)), "png", {}, 100),
+        (Image.merge("RGBA", (GREY, GREY, GREY, CLEAR)), "webp", {"exact": True, "lossless": True}, 100),
+        (Image.merge("LA", (GREY, CLEAR)), "png", {}, 100),
+        (GREY.convert("P"), "png", {"transparency": bytes(256)}, 100),
+        (GREY, "png", {"transparency": 100}, 100),
+    ],
+)
+def test_images_of_any_mode_become_rgb_opaque_or_on_white(image, kind, settings, level):
+    content = saved(image, kind, **settings)
+    transparent = settings or "A" in image.mode
+    assert np.array_equal(pixels(content), np.broadcast_to(level, (20, 30))[..., None].repeat(3, 2))
+    assert np.array_equal(pixels(content, on_white=True), np.full((20, 30, 3), 255) if transparent else pixels(content))
 
 
 def exif(*entries):
@@ -89,40 +81,38 @@ def exif(*entries):
     return b"Exif\0\0" + out + bytes(4) + body
 
 
-TURNED = 0x0112, 3, 1, struct.pack("<H", 6)
+def held(turn):
+    return 0x0112, 3, 1, struct.pack("<H", turn)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_images_are_turned_upright_as_pillow_does(turn):
+    content = saved(RGB, exif=exif(held(turn)))
+    assert np.array_equal(pixels(content, upright=True), ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+    assert np.array_equal(pixels(content), RGB)
 
 
 @pytest.mark.parametrize(
     "content, upright",
     [
-        (exif(TURNED, (282, 10, 1, struct.pack("<ii", -1, 0))), True),  # a resolution of -1 / 0
-        (exif(TURNED, (282, 2, 3, b"72\0")), True),  # as text
-        (exif(TURNED, (296, 2, 2, b"2\0")), True),
-        (exif(TURNED, (257, 2, 5, b"desc\0")), True),
+        (exif(held(6), (282, 10, 1, struct.pack("<ii", -1, 0))), True),  # a resolution of -1 / 0
+        (exif(held(6), (282, 2, 3, b"72\0")), True),  # as text
+        (exif(held(6), (257, 2, 5, b"desc\0")), True),
         (exif((0x0112, 2, 6, b"right\0")), False),  # an orientation in words
-        (exif((0x0112, 3, 1, struct.pack("<H", 77))), False),
-        (exif(TURNED)[:20], False),
+        (exif(held(77)), False),
+        (exif(held(6))[:20], False),
         (b"Exif\0\0" + bytes(50), False),
     ],
 )
-def test_broken_exif_does_no_harm(tmp_path, content, upright):
-    RGB.save(tmp_path / "x.jpg", exif=content)
-    assert read_image(tmp_path / "x.jpg", upright=True).size == ((20, 30) if upright else (30, 20))
+def test_broken_exif_does_no_harm(content, upright):
+    assert pixels(saved(RGB, "jpeg", exif=content), upright=True).shape == ((30, 20, 3) if upright else (20, 30, 3))
 
 
-def chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png(width, height, *chunks):
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IEND", b"")
-
-
-def saved(image, kind="png", **settings):
-    content = io.BytesIO()
-    image.save(content, kind, **settings)
-    return content.getvalue()
+def png(width, height):
+    """A PNG file of that many pixels, none of which are there."""
+    chunks = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")
+    packed = (struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def test_what_would_take_too_much_memory_or_cannot_be_known_is_refused(tmp_path, monkeypatch):
@@ -130,32 +120,31 @@ def test_what_would_take_too_much_memory_or_cannot_be_known_is_refused(tmp_path,
     text.add_text("prompt", "x" * 3_000_000, zip=True)
     for content, reason in (
         (saved(Image.new("RGB", (1, 4000))), "1 x 4000 pixels: one side is more than 32 times the other"),
-        (png(60000, 60000, chunk(b"IDAT", b"")), "pixels"),
-        (png(8200, 8200, chunk(b"IDAT", b"")), "8200 x 8200 pixels are more than 67,108,864"),
+        (png(60000, 60000), "pixels"),
+        (png(8200, 8200), "8200 x 8200 pixels are more than 67,108,864"),
         (saved(RGB, pnginfo=text), "too large"),
         (saved(RGB.convert("F"), "tiff"), "levels of grey"),
         (saved(Image.fromarray(DEEP.astype(np.int32) - 1), "tiff"), "levels of grey"),
         (b"no image", "cannot identify"),
     ):
         with pytest.raises(ValueError, match=reason):
-            read_image(io.BytesIO(content), upright=True)
-    with pytest.raises(ValueError, match="No such file"):
-        read_image(tmp_path / "nowhere.png")
-    RGB.save(tmp_path / "x.png")
+            pixels(content, upright=True)
     monkeypatch.setattr(images, "LARGEST", 100)
-    with pytest.raises(ValueError, match="larger than 100 bytes"):
-        read_image(tmp_path / "x.png")
+    (tmp_path / "x.png").write_bytes(saved(RGB))
+    for name, reason in ("nowhere.png", "No such file"), ("x.png", "larger than 100 bytes"):
+        with pytest.raises(ValueError, match=reason):
+            read_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "bmp"])
 def test_damaged_images_are_value_errors_or_images(tmp_path, kind):
-    draw, whole, failed = random.Random(0), saved(RGB, kind, exif=exif(TURNED)), 0
+    draw, whole, failed = random.Random(0), saved(RGB, kind, exif=exif(held(6))), 0
     for trial in range(200):
         content = bytearray(whole[: draw.randrange(9, len(whole))] if trial % 3 == 0 else whole)
         for _ in range(draw.choice([1, 2, 5])):
             content[draw.randrange(2, len(content))] = draw.randrange(256)
         try:
-            read_image(io.BytesIO(content), upright=True, on_white=True)
+            pixels(content, upright=True, on_white=True)
         except ValueError:
             failed += 1
         if kind == "png":
