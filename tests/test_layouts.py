@@ -13,7 +13,7 @@ from diffusers.loaders import single_file_utils as reference
 from helpers import read, refusal, rewrite, same
 from safetensors.torch import load_file, save_file
 
-from model import NETWORKS, StableDiffusion, add_delta, save_delta
+from model import NETWORKS, StableDiffusion
 from support import layouts
 from support.weights import build, read_config
 
