@@ -37,6 +37,7 @@ from support.devices import Process
 from support.errors import InputError, Parser, at_least_0, count, one_line_errors, positive, positive_int, seed
 from support.files import fingerprint, read_json
 from support.images import image_grid, to_pixels, write_png
+from support.signals import Stop
 from support.streams import draw_noise
 from unet import ResnetBlock, Transformer, UNet
 
@@ -191,7 +192,7 @@ def samples_of(args: argparse.Namespace, sd: StableDiffusion) -> data.Samples:
     return data.Samples(source, args.seed, latent, args.windows, args.starts)
 
 
-# What a resumed run must have in common with the interrupted one, besides its networks, data and samples per update.
+# What a resumed run must have in common with the interrupted one, besides its networks and its data.
 KEPT = "windows alpha solver_steps lr warmup starts cooldown ema seed augment own_starts teacher_guidance".split()
 
 
@@ -207,24 +208,10 @@ def begin(args: argparse.Namespace, process: Process) -> tuple:
     adam = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "fused": process.device.type == "cuda"}
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, **adam)
     parts = {"student": student, "ema": ema, "optimizer": optimizer}
-    settings = {name: getattr(args, name) for name in KEPT}
+    settings = {name: getattr(args, name) for name in KEPT} | {"iters": args.iters if args.cooldown else "any"}
     settings |= {name: runs.weights_in(getattr(args, name)) for name in ("teacher", "student")}
     settings |= {"data": runs.samples_in(samples.source), "batch": args.batch_size * args.accumulate * process.world}
-    settings |= {"iters": args.iters} if args.cooldown else {}
     return teacher, parts, samples, settings, runs.load_checkpoint(args.run, parts, settings)
-
-
-def add_gradient(
-    network: nn.Module, teacher: StableDiffusion, ema: UNet, items: dict, trajectory: Callable, args: argparse.Namespace
-) -> Tensor:
-    """Adds the gradient of one batch to that of the update. Returns its loss and the two parts."""
-    batch = prepare(teacher, items, teacher.device)
-    with torch.autocast(teacher.device.type, torch.bfloat16, enabled=teacher.device.type != "cpu"):
-        with torch.no_grad():
-            path = trajectory(teacher, ema, batch, args)
-        loss, parts = compute_loss(network, teacher, batch, path, args.windows, args.alpha)
-    (loss / args.accumulate).backward()
-    return torch.stack([loss.detach(), parts["mse"], parts["cos"]])
 
 
 @torch.no_grad()
@@ -248,8 +235,9 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
     """Train one stage. trajectory: what is learned, instead of the paper's."""
     process = Process.start(args.device)
     teacher, parts, samples, settings, start = runs.together(process, lambda: begin(args, process))
-    runs.same_everywhere(process, settings | {"checkpoint": start}, args)
+    runs.together(process, lambda: runs.same_as_first(process, settings | {"checkpoint": start}, args))
     student, ema, optimizer = parts.values()
+    save = functools.partial(runs.save_checkpoint, process, args.run, parts, settings)
     if args.recompute:
         checkpoint_activations(student)
     if args.compile:
@@ -257,10 +245,9 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
         teacher.unet.compile()
     network = student if process.world == 1 else DistributedDataParallel(student, gradient_as_bucket_view=True)
     log = runs.Log(args, start, quiet=process.rank > 0)
-    with runs.Stop() as stop, closing(log.bar):  # so that what is said after an error has a line of its own
+    with Stop() as stop, closing(log.bar):  # so that what is said after an error has a line of its own
         first, number = start * args.accumulate, (args.iters - start) * args.accumulate
-        loader = data.batches(samples, first, number, args.batch_size, process.rank, process.world, args.workers)
-        batches = iter(loader)
+        batches = iter(data.batches(samples, first, number, args.batch_size, process.rank, process.world, args.workers))
         for step in range(start, args.iters):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
@@ -268,21 +255,26 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
             for part in range(args.accumulate):
                 items = stop.next(batches)
                 if any(process.gather(items is None)):
-                    if process.rank == 0:
-                        runs.save_checkpoint(args.run, step, parts, settings)
+                    save(step)
                     process.end()
                     raise KeyboardInterrupt
                 left_out += int(items.pop("left_out", torch.zeros(1)).sum())
+                batch = prepare(teacher, items, process.device)
                 # Gradients travel between processes once, with the last part.
                 wait = process.world > 1 and part < args.accumulate - 1
                 with network.no_sync() if wait else nullcontext():
-                    numbers[:3] += add_gradient(network, teacher, ema, items, trajectory, args) / args.accumulate
+                    with torch.autocast(process.device.type, torch.bfloat16, enabled=process.device.type != "cpu"):
+                        with torch.no_grad():
+                            path = trajectory(teacher, ema, batch, args)
+                        loss, both = compute_loss(network, teacher, batch, path, args.windows, args.alpha)
+                    (loss / args.accumulate).backward()
+                numbers[:3] += torch.stack([loss.detach(), both["mse"], both["cos"]]) / args.accumulate
             # Gradients are already averaged, so every rank sees the same norm.
             numbers[3] = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             everyone = process.gather([*numbers.tolist(), left_out])  # tolist: here alone a GPU is waited for
             loss, mse, cos, norm, left_out = (sum(column) / process.world for column in zip(*everyone))
             if not math.isfinite(norm):
-                report_divergence(step, [losses[0] for losses in everyone], args.run)
+                runs.report_divergence(step + 1, [numbers[0] for numbers in everyone], args.run)
             optimizer.step()
             optimizer.zero_grad()
             update_ema(ema, student, step, args.ema)
@@ -290,8 +282,8 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
             log.add(step + 1, shown | {"left_out": left_out * process.world})
 
             done = step + 1
-            if process.rank == 0 and (done == args.iters or done % args.save_every == 0):
-                runs.save_checkpoint(args.run, done, parts, settings)
+            if done == args.iters or done % args.save_every == 0:
+                save(done)
             if process.rank == 0 and args.sample_every and (done == args.iters or done % args.sample_every == 0):
                 draw_sheet(teacher, ema, args, args.run / f"sheet-{done:07d}.png")
     if process.rank == 0:
@@ -299,14 +291,6 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
         with runs.recorded(args):
             save_flow(ema, scheduler, args.teacher, args.result, torch.float16)
     process.end()
-
-
-def report_divergence(step: int, losses: list[float], folder: Path) -> None:
-    """Stop, in all processes, before the weights are touched."""
-    ranks = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-    where = f"the loss of rank {', '.join(ranks)}" if ranks else "the gradient"
-    good = runs.newest(folder)
-    raise InputError(f"{where} is not finite in update {step + 1}; last good checkpoint: {good}. Try a lower --lr")
 
 
 def arguments() -> Parser:

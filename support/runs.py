@@ -1,7 +1,6 @@
 """How a training run starts, stops and goes on, and what it leaves on disk: checkpoints, its log, the result.
 
-Nothing of the method is here; it is in `train.py`, which uses this file. A run may be killed at any moment, and it may
-use several machines.
+Nothing of the method is here; it is in `train.py`. A run may be killed at any moment, and may use several machines.
 """
 
 import argparse
@@ -9,16 +8,14 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import multiprocessing
+import math
 import os
-import signal
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import torch
 from safetensors import safe_open
@@ -30,7 +27,7 @@ from support.errors import InputError
 from support.files import fingerprint, make_folder, remove, replaced, write_text
 
 INPUTS = "teacher", "student", "data"
-locks: list[IO] = []  # until the process ends
+locks = []  # of this process, until it ends
 
 
 def together(process: Process, work: Callable[[], object]) -> object:
@@ -46,15 +43,12 @@ def together(process: Process, work: Callable[[], object]) -> object:
     return result
 
 
-def same_everywhere(process: Process, facts: dict, args: argparse.Namespace) -> None:
-    """Refuse to train where machines that do not share a folder have loaded different things."""
-    found = process.gather(facts)
-    for name in facts:
-        if ranks := [str(rank) for rank, theirs in enumerate(found) if theirs[name] != found[0][name]]:
+def same_as_first(process: Process, facts: dict, args: argparse.Namespace) -> None:
+    """Machines that do not share a folder may have loaded different things."""
+    for name, value in process.gather(facts)[0].items():
+        if facts[name] != value:
             folder = getattr(args, name) if name in INPUTS else args.run
-            raise InputError(
-                f"rank {', '.join(ranks)} has another {name} than rank 0; all machines must share {folder}"
-            )
+            raise InputError(f"{name} is {facts[name]}, but {value} in rank 0; all machines must share {folder}")
 
 
 def claim(args: argparse.Namespace) -> None:
@@ -118,30 +112,23 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(run.glob("step-*.pt"))
 
 
-def save_checkpoint(run: Path, step: int, parts: dict[str, object], settings: dict) -> None:
+def save_checkpoint(process: Process, run: Path, parts: dict[str, object], settings: dict, step: int) -> None:
     """All that going on needs, in one file run/step-N.pt. The one before it is kept, too, where there is room."""
     file, older = run / f"step-{step:07d}.pt", checkpoints(run)
-    if file in older or step == 0:
+    if process.rank > 0 or step == 0 or file in older:
         return
     state = {name: part.state_dict() for name, part in parts.items()} | {"step": step, "settings": settings}
     try:
         with replaced(file) as aside:
-            write_state(state, aside)
-    except InputError as error:
+            torch.save(state, aside)
+    except (InputError, RuntimeError) as error:  # the latter is what torch says of a full disk
         if len(older) < 2:
-            raise InputError(f"{error}; last good checkpoint: {newest(run)}") from None
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"cannot write {file}, is there room? {reason}. Last good: {newest(run)}") from None
         older[0].unlink()
-        return save_checkpoint(run, step, parts, settings)
+        return save_checkpoint(process, run, parts, settings, step)
     for old in older[:-1]:
         old.unlink()
-
-
-def write_state(state: dict, path: Path) -> None:
-    try:
-        with path.open("wb") as file:
-            torch.save(state, file)
-    except RuntimeError as error:  # which hides what the disk said
-        raise error.__context__ or error from None
 
 
 def newest(run: Path) -> Path | str:
@@ -200,40 +187,11 @@ class Log:
         self.bar.set_postfix(loss=f"{self.mean:.4f}")
 
 
-class Stop:
-    """Ctrl-C, or a signal of a queueing system, ends the run after the update at hand; a second Ctrl-C at once."""
-
-    def __init__(self):
-        self.asked, self.waiting = False, False
-
-    def __enter__(self) -> "Stop":
-        which = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
-        heard = [one for one in which if signal.getsignal(one) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        self.before = {one: signal.signal(one, self.ask) for one in heard}
-        return self
-
-    def ask(self, which: int, frame: object) -> None:
-        at_once = which == signal.SIGINT if self.asked else self.waiting
-        self.asked = True
-        if at_once:
-            raise KeyboardInterrupt
-
-    def next(self, batches: Iterator[dict]) -> dict | None:
-        """The next batch; None once the run was asked to stop, even while it waits for data."""
-        try:
-            self.waiting = True
-            items = None if self.asked else next(batches)
-            self.waiting = False
-            return items
-        except KeyboardInterrupt:
-            return None
-
-    def __exit__(self, *_: object) -> None:
-        for which, handler in self.before.items():
-            signal.signal(which, handler)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader would take the end of its readers for a failure
-        for reader in multiprocessing.active_children():  # they take no notice of gentler signals
-            reader.kill()
+def report_divergence(step: int, losses: list[float], run: Path) -> None:
+    """Stop, in all processes, before the weights are touched."""
+    ranks = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+    where = f"the loss of rank {', '.join(ranks)}" if ranks else "the gradient"
+    raise InputError(f"{where} is not finite in update {step}; last good checkpoint: {newest(run)}. Try a lower --lr")
 
 
 def start_training(arguments: list, processes: int, threads: int, **how) -> subprocess.CompletedProcess:
