@@ -192,10 +192,6 @@ def samples_of(args: argparse.Namespace, sd: StableDiffusion) -> data.Samples:
     return data.Samples(source, args.seed, latent, args.windows, args.starts)
 
 
-# What a resumed run must have in common with the interrupted one, besides its networks and its data.
-KEPT = "windows alpha solver_steps lr warmup starts cooldown ema seed augment own_starts teacher_guidance".split()
-
-
 def begin(args: argparse.Namespace, process: Process) -> tuple:
     """What training needs, from the last checkpoint if there is one: (teacher, parts, samples, settings, start)."""
     settle(args)
@@ -208,7 +204,7 @@ def begin(args: argparse.Namespace, process: Process) -> tuple:
     adam = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "fused": process.device.type == "cuda"}
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, **adam)
     parts = {"student": student, "ema": ema, "optimizer": optimizer}
-    settings = {name: getattr(args, name) for name in KEPT} | {"iters": args.iters if args.cooldown else "any"}
+    settings = {name: getattr(args, name) for name in runs.KEPT} | {"iters": args.iters if args.cooldown else "any"}
     settings |= {name: runs.weights_in(getattr(args, name)) for name in ("teacher", "student")}
     settings |= {"data": runs.samples_in(samples.source), "batch": args.batch_size * args.accumulate * process.world}
     return teacher, parts, samples, settings, runs.load_checkpoint(args.run, parts, settings)
@@ -319,8 +315,8 @@ def arguments() -> Parser:
     ours = parser.add_argument_group("not the paper's (more: python -m paper.variants)")
     ours.add_argument("--augment", action="store_true", help="crop images at random places, mirror half of them")
     # Set by paper/variants.py alone, or by DEFAULTS.
-    parser.set_defaults(name=None, student=None, solver_steps=None, warmup=None, ema=None, starts=None, cooldown=None)
-    parser.set_defaults(own_starts=0.0, teacher_guidance=1.0)
+    variants = dict.fromkeys(["name", "student", "solver_steps", "warmup", "ema", "starts", "cooldown"])
+    parser.set_defaults(**variants, own_starts=0.0, teacher_guidance=1.0)
     return parser
 
 

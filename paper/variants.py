@@ -6,8 +6,8 @@ Guided trajectories (Meng et al. 2023, "On distillation of guided diffusion mode
 so the flow is sampled without, at half the evaluations. PeRFlow trains its SDXL so, and Rectified Diffusion its phased
 flows. Own starts: noised images are where sampling meets a window only if trajectories lead to such images. Those with
 guidance do not, nor do those with the student's errors so far. So a share of samples starts where the student's own
-trajectory from noise leads, and the teacher's solution from there corrects it (as in DMD2, Yin et al. 2024, 4.5; FlowSteer,
-arXiv 2511.18834, starts on the teacher's). Read `train.py` first: all else is as there.
+trajectory from noise leads, and the teacher's solution from there corrects it (as in DMD2, Yin et al. 2024, 4.5;
+FlowSteer, arXiv 2511.18834, starts on the teacher's). Read `train.py` first: all else is as there.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How a command ends when it cannot go on: one line and exit code 2. And the ranges of the numbers that it is given."""
+"""How a command ends when it cannot go on: one line and exit code 2. And ranges of its numbers, as argparse types."""
 
 import argparse
 import contextlib
@@ -42,7 +42,6 @@ def in_range(kind: type, low: float, high: float, meaning: str) -> Callable[[str
     return read
 
 
-# For `add_argument(type=...)` of every command.
 positive_int = in_range(int, 1, 2**31 - 1, "a whole number from 1")
 count = in_range(int, 0, 2**31 - 1, "a whole number from 0")
 seed = in_range(int, 0, 2**32 - 1, "a whole number from 0 to 2**32 - 1")
