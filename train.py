@@ -285,7 +285,7 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
     if process.rank == 0:
         scheduler = flow_scheduler(teacher, args.windows, args.teacher_guidance)
         with runs.recorded(args):
-            save_flow(ema, scheduler, args.teacher, args.result, torch.float16)
+            save_flow(ema, scheduler, StableDiffusion.load(args.teacher, "cpu", None), args.result, torch.float16)
     process.end()
 
 
