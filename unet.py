@@ -50,7 +50,8 @@ class UNetConfig:
         "dual_cross_attention": False, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1,
         "mid_block_type": "UNetMidBlock2DCrossAttn", "only_cross_attention": False, "resnet_out_scale_factor": 1.0,
         "resnet_skip_time_act": False, "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
-        "upcast_attention": False, "addition_embed_type_num_heads": 64,
+        "upcast_attention": False, "addition_embed_type_num_heads": 64, "decay": ..., "min_decay": ...,
+        "inv_gamma": ..., "power": ..., "optimization_step": ..., "update_after_step": ..., "use_ema_warmup": ...,
     }  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -7,9 +7,9 @@ from helpers import randomize
 from parity import draw, without_class
 
 from support import layouts
+from support.bands import decode_in_bands
 from support.errors import InputError
 from support.weights import build, read_config
-from support.bands import decode_in_bands
 from vae import VAE, VAEConfig
 
 SMALL = layouts.SD15["vae"] | {"block_out_channels": [32, 32, 64, 64]}
