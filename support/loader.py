@@ -31,5 +31,5 @@ def collate(items: list[dict]) -> dict:
 
 
 def leave_signals_alone(worker: int) -> None:
-    for which in (signal.SIGINT, signal.SIGTERM):  # they reach the whole job; ending it is the trainer's affair
+    for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # they are for the trainer
         signal.signal(which, signal.SIG_IGN)

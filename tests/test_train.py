@@ -25,6 +25,7 @@ import train
 from model import StableDiffusion
 from paper import variants
 from support.images import image_grid
+from support.latents import write_latents
 from support.streams import draw_noise
 from support.weights import build
 from unet import ResnetBlock, UNet
@@ -444,7 +445,7 @@ def test_training_on_cached_latents_is_training_on_their_images(sd15, tmp_path, 
     image = data.Scenes(0)[0]
     mean, log_variance = StableDiffusion.load(sd15).vae.encode(image["image"][None])
     (tmp_path / "data").mkdir()
-    data.write_latents(tmp_path / "data/a.safetensors", mean, log_variance, [image["caption"]])
+    write_latents(tmp_path / "data/a.safetensors", mean, log_variance, [image["caption"]])
     lines = []
     for name, arguments in ("images", []), ("latents", ["--data", tmp_path / "data"]):
         arguments = ["--stage", 1, "--model", sd15, "--iters", 1, "--batch-size", 1, *arguments]
@@ -485,7 +486,7 @@ def places(sd15, sdxl, tmp_path_factory):
     root = tmp_path_factory.mktemp("places")
     for name in "empty", "other_vae", "broken":
         (root / name).mkdir()
-    data.write_latents(root / "other_vae/a.safetensors", *torch.ones(2, 3, 4, 8, 8), ["a"] * 3)
+    write_latents(root / "other_vae/a.safetensors", *torch.ones(2, 3, 4, 8, 8), ["a"] * 3)
     helpers.write(root / "other_vae/made_of.json", {"vae": "123"})
     for i in range(12):
         (root / f"broken/{i}.png").write_bytes(b"no image")

@@ -5,7 +5,6 @@ torchrun --nproc-per-node 8 -m tools.cache --model DIR --data DIR --out DIR  cap
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -14,8 +13,9 @@ from tqdm import tqdm
 
 from data import Scenes, open_source
 from model import MINIATURE, StableDiffusion
+from support import errors
 from support.devices import choose_device, rank_and_world
-from support.errors import InputError, one_line_errors
+from support.errors import InputError, positive_int
 from support.files import fingerprint, make_folder, read_json, write_json
 from support.latents import Latents, write_latents
 from support.loader import load
@@ -53,24 +53,23 @@ def cache(sd: StableDiffusion, source: Dataset, count: int, folder: Path, shard:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = errors.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MINIATURE, help="whose VAE encodes")
     parser.add_argument("--out", type=Path, default=Path("out/latents"), help="folder of the latents")
     parser.add_argument("--data", type=Path, help="folder of captioned images, or tar shards; default: drawn scenes")
-    parser.add_argument("--size", type=int, help="height and width in pixels; default: the model's")
-    parser.add_argument("--count", type=int, help="how many images; default: all of the folder, 100,000 scenes")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn scenes")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make images")
+    parser.add_argument("--size", type=positive_int, help="height and width in pixels; default: the model's")
+    parser.add_argument("--count", type=positive_int, help="how many images; default: all; 100,000 scenes")
+    parser.add_argument("--seed", type=errors.seed, default=0, help="of the drawn scenes")
+    parser.add_argument("--workers", type=errors.count, default=0, help="processes that make images")
     args = parser.parse_args()
-    with one_line_errors(parser, "stopped; the same command goes on where it was"):
+    with errors.one_line_errors(parser, "stopped; the same command goes on where it was"):
         sd = StableDiffusion.load(args.model, "cpu", None)
         source = open_source(args.data, sd.image_size(args.size)) if args.data else Scenes(args.seed)
         if isinstance(source, Latents):
             raise InputError(f"{args.data} holds latents already")
-        most = len(source) if args.data else sys.maxsize
-        count = args.count or (most if args.data else 100_000)
-        if not 0 < count <= most or args.count == 0:
-            raise InputError(f"--count must be from 1 to {most}, not {args.count}")
+        count = args.count or (len(source) if args.data else 100_000)
+        if args.data and count > len(source):
+            raise InputError(f"--count {count} is too large: {args.data} holds {len(source)} images")
         sd.vae.to(choose_device(None), torch.float32)
         cache(sd, source, count, args.out, workers=args.workers)
 
