@@ -44,6 +44,7 @@ from clip_text import BEGIN, END, ClipText, ClipTextConfig
 from model import MINIATURE, StableDiffusion, flow_scheduler, save_flow
 from support import layouts
 from support.files import write_between, write_json
+from support.latents import write_latents
 from support.runs import start_training
 from support.weights import build, read_config
 from unet import UNet, UNetConfig
@@ -157,7 +158,7 @@ def bench_data(args: argparse.Namespace) -> list[dict]:
             (aside / name).mkdir(parents=True, exist_ok=True)
         make_images(aside, count)
         noise = torch.randn(2, count, 4, 64, 64)
-        data.write_latents(aside / "latents/0.safetensors", *noise, ["a caption"] * count)
+        write_latents(aside / "latents/0.safetensors", *noise, ["a caption"] * count)
         aside.rename(folder)
     kinds = {name: data.open_source(folder / name, 512, augment=True) for name in ("files", "shards", "latents")}
     kinds["drawn scenes"] = data.Scenes(0)
@@ -398,7 +399,7 @@ def bench_train(args: argparse.Namespace) -> list[dict]:
             aside = latents.with_suffix(".partial")
             aside.mkdir(exist_ok=True)
             shape = 2, 256, 4, pixels // 8, pixels // 8
-            data.write_latents(aside / "0.safetensors", *torch.randn(shape), ["word1 word2"] * 256)
+            write_latents(aside / "0.safetensors", *torch.randn(shape), ["word1 word2"] * 256)
             aside.rename(latents)
         for stage, teacher in (1, base), (2, flow):
             command = ["--stage", stage, "--teacher", teacher, "--data", latents, "--size", pixels]
