@@ -276,10 +276,7 @@ def shapes(network: nn.Module) -> dict[str, torch.Size]:
 
 
 def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        write_tensors(path, tensors)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+    write_tensors(path, tensors)
 
 
 def read_folder(path: Path, dtype: torch.dtype | None) -> tuple[dict[str, dict], dict[str, dict[str, Path]]]:
