@@ -52,7 +52,6 @@ def read_coco(path: Path) -> tuple[dict[object, list[str]], dict[object, str]]:
         content = json.loads(read_text(path))
         for image in content.get("images") or []:
             names[image["id"]] = Path(image["file_name"]).name
-            captions[image["id"]] = []
         for annotation in content["annotations"]:
             try:
                 caption = caption_of(annotation["caption"])
@@ -64,7 +63,6 @@ def read_coco(path: Path) -> tuple[dict[object, list[str]], dict[object, str]]:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is not a COCO captions JSON: annotations with image_id and caption") from None
-    captions = {image: texts for image, texts in captions.items() if texts}
     if problems:
         print(f"notice: {path}: {len(problems)} captions are left out: {listed(problems)}", file=sys.stderr)
     if not captions:
