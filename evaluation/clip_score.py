@@ -12,7 +12,6 @@ Shapes: B batch, D width of the space, S side of the square that the vision towe
 import argparse
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -170,9 +169,8 @@ def find_prompts(files: list[Path], source: Path | None) -> list[str]:
                 f"{found[key]} and {file} have one number, and so one prompt of {source}; keep one of them"
             )
         found[key] = file
-    if not is_json and len(files) < len(lines):
-        check_left_out(len(lines) - len(files), len(lines), files[0].parent, f"of {source} are missing")
-        print(f"notice: {len(lines) - len(files)} prompts in {source} have no image", file=sys.stderr)
+    if not is_json:
+        check_left_out(len(lines) - len(files), len(lines), files[0].parent, f"of the prompts in {source} are missing")
     return [known[key] for key in found]
 
 

@@ -35,8 +35,8 @@ def caption_of(value: object) -> str:
     """A caption on one line, as JSON or CSV had it. Raises ValueError for what is no text, and for empty text."""
     if not isinstance(value, str):
         raise ValueError(f"its caption is {json.dumps(value)[:40]}, not text")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):  # JSON can spell halves of letters
-        raise ValueError("its caption holds half a letter (a lone surrogate)")
+    if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):  # JSON can spell them
+        raise ValueError("its caption holds a zero byte, or half a letter (a lone surrogate)")
     if not value.split():
         raise ValueError("its caption is empty")
     return " ".join(value.split())

@@ -87,10 +87,13 @@ def add_up(table: Tensor) -> Tensor:
     return table
 
 
-def check_left_out(left_out: int, total: int, where: Path, why: str = "cannot be used; see above") -> None:
-    """One image in a hundred may be left out, and always one."""
+def check_left_out(left_out: int, total: int, where: Path, why: str = "cannot be used, see above") -> None:
+    """One image in a hundred may be left out, with a notice, and always one. Raises InputError if there are more."""
+    told = f"{where}: {left_out} of {total} images {why}"
     if left_out > max(1, total // 100) or left_out == total:
-        raise InputError(f"{where}: {left_out} of {total} images {why}")
+        raise InputError(told)
+    if left_out and rank_and_world()[0] == 0:
+        print(f"notice: {told}", file=sys.stderr)
 
 
 def settings_of_run(folder: Path, files: list[Path]) -> dict[str, str]:
@@ -102,10 +105,8 @@ def settings_of_run(folder: Path, files: list[Path]) -> dict[str, str]:
     values = {name: dict.fromkeys(settings.get(name, "unknown") for settings in made) for name in names}
     if mixed := [f"{name} {' and '.join(several)}" for name, several in values.items() if len(several) > 1]:
         raise InputError(f"{folder} holds images of several runs ({listed(mixed)}); move those of other runs away")
-    if made and others:
-        told = f"are not of sample.py like the others ({listed(others)}); move them away"
-        check_left_out(len(others), len(files), folder, told)
-        print(f"notice: {folder}: {len(others)} of {len(files)} images {told}", file=sys.stderr)
+    if made:
+        check_left_out(len(others), len(files), folder, f"are not of sample.py like the others ({listed(others)})")
     return made[0] if made else {}
 
 
