@@ -37,8 +37,8 @@ def caption_of(value: object) -> str:
     """A caption on one line, as JSON or CSV had it. Raises ValueError for what is no text, and for empty text."""
     if not isinstance(value, str):
         raise ValueError(f"its caption is {json.dumps(value)[:40]}, not text")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):  # JSON can spell halves of letters
-        raise ValueError("its caption holds half a letter (a lone surrogate)")
+    if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):  # JSON can spell them
+        raise ValueError("its caption holds a zero byte, or half a letter (a lone surrogate)")
     if not value.split():
         raise ValueError("its caption is empty")
     return " ".join(value.split())
@@ -54,7 +54,6 @@ def read_coco(path: Path) -> tuple[dict[object, list[str]], dict[object, str]]:
         content = json.loads(read_text(path))
         for image in content.get("images") or []:
             names[image["id"]] = Path(image["file_name"]).name
-            captions[image["id"]] = []
         for annotation in content["annotations"]:
             try:
                 caption = caption_of(annotation["caption"])
@@ -66,7 +65,6 @@ def read_coco(path: Path) -> tuple[dict[object, list[str]], dict[object, str]]:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is not a COCO captions JSON: annotations with image_id and caption") from None
-    captions = {image: texts for image, texts in captions.items() if texts}
     if problems:
         print(f"notice: {path}: {len(problems)} captions are left out: {listed(problems)}", file=sys.stderr)
     if not captions:

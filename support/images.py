@@ -107,12 +107,13 @@ def to_pixels(images: Tensor) -> np.ndarray:
 
 
 def settings_of_png(file: Path) -> dict[str, str]:
-    """The text chunk of one of our images; empty if there is none, or no readable image."""
+    """What sample.py wrote into one of its images, read without the pixels. Empty for any other file."""
     try:
         with Image.open(file) as image:
-            return dict(image.text)
+            settings = {name: str(value) for name, value in image.info.items() if isinstance(value, str)}
     except Exception:  # as above
         return {}
+    return settings if settings.get("software") == "proreflow" or {"index", "weights"} <= settings.keys() else {}
 
 
 def save_png(image: np.ndarray, file: Path, settings: dict[str, str]) -> None:
