@@ -2,8 +2,8 @@
 
     python -m miniature.train    train all parts into weights/miniature (hours on two cores, minutes on a GPU)
 
-In Stable Diffusion's order: a tokenizer, a VAE, a CLIP pair (text tower and vision tower), and the denoising UNet, which
-sees latents of the VAE and text of CLIP. The result is a model folder in the official layout.
+In Stable Diffusion's order: a tokenizer, a VAE, a CLIP pair (text tower and vision tower), and the UNet, which sees
+latents of the VAE and text of CLIP. The result is a model folder in the official layout.
 Read `support/scenes.py` for the images and captions, and `model.py` for the parts. Read `miniature/judge.py` next.
 """
 
@@ -115,10 +115,11 @@ def pixels(images: Tensor, args: argparse.Namespace) -> Tensor:
 def make_tokenizer(folder: Path) -> Tokenizer:
     """A byte-pair vocabulary in which every word of the captions is one token, in the official files.
 
-    Sennrich et al. 2016, algorithm 1: merge the most frequent pair until every word is whole. Of equally frequent pairs,
+    Sennrich et al. 2016, algorithm 1: merge the most frequent pair until every word is whole. Of equally frequent ones,
     take the first by name, so that a resumed run numbers its words as before.
     """
-    words, merges = [" ".join(word) + "</w>" for word in scenes.words()], []
+    captions = " ".join(scenes.caption(TRAIN, i) for i in range(5000)).replace(",", "")
+    words, merges = [" ".join(word) + "</w>" for word in sorted(set(captions.split()))], []
     while pairs := Counter(pair for word in words for pair in itertools.pairwise(word.split())):
         merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
         pair = re.compile(rf"(?<!\S){' '.join(merges[-1])}(?!\S)")  # with spaces, or an end, around it

@@ -49,8 +49,8 @@ NAMES = {  # the models in weights/ and, with the commands for them in paper/REA
     "guided-1": "one step, guided",
 }  # fmt: skip
 # FID of SD1.5 on 30,000 captions of COCO-2014, table 2 of the paper.
-PAPER = {("miniature", "ddim", 32): 10.05, ("miniature", "dpm++", 4): 22.36, ("proreflow-i", "flow", 4): 11.16}
-PAPER |= {("stage-3", "flow", 4): 10.70, ("stage-3", "flow", 2): 15.44}
+PAPER = {("miniature", "ddim", 32): "10.05", ("miniature", "dpm++", 4): "22.36", ("proreflow-i", "flow", 4): "11.16"}
+PAPER |= {("stage-3", "flow", 4): "10.70", ("stage-3", "flow", 2): "15.44"}
 MARKS = "<!-- scores: python -m paper.figures table -->\n", "<!-- end of scores -->"
 
 
@@ -271,7 +271,7 @@ def panels(rows: int, columns: int):
 def save(figure, file: Path) -> None:
     for axis in figure.axes:
         if axis.lines:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
     print(f"wrote {file}")

@@ -4,10 +4,10 @@
     python -m paper.tables                                       all methods, three seeds: 7 hours on two cores
     python -m paper.tables --methods perflow i --cost 30000      some of it, at less cost: a point of the curve
     python -m paper.tables --methods eight-0 eight-1 four-1      points of figure 4: other alphas, 8 and 4 windows
-    python -m paper.tables --table                               what was measured, into paper/README.md and paper/figures
+    python -m paper.tables --table                               what was measured, into paper/README.md and figures/
 
-Cost is counted in network evaluations (`variants.nfe_of_sample`), and earlier stages count. A run may be interrupted and
-repeated: it goes on where it was. Read `train.py` and `paper/figures.py` first.
+Cost is counted in network evaluations (`variants.nfe_of_sample`), earlier stages included. A run may be interrupted and
+repeated. Read `train.py` and `paper/figures.py` first.
 """
 
 import argparse
@@ -186,7 +186,7 @@ def draw_cost(rows: list[dict], file: Path) -> None:
         at = {"method": name, "steps": 4, "seed": 0}.items()
         points = sorted((row["training"] / 1e6, row["frechet"]) for row in rows if at <= row.items())
         axes[0, 0].plot(*zip(*points), marker="o", label=METHODS[name].name.replace("*", ""))
-    axes[0, 0].set(xscale="log", xlabel="training, million NFE", ylabel="Frechet distance, 4 steps")
+    axes[0, 0].set(xlabel="training, million NFE", ylabel="Frechet distance, 4 steps")
     figures.save(figure, file)
 
 
