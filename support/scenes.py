@@ -192,10 +192,10 @@ KINDS_OF_WORDS += [("left", "right"), ("top", "bottom"), ("above", "below")]
 
 def falsify(caption: str, scene: Scene, rng) -> str:
     """The caption with a word replaced by another of its kind, or with two exchanged, so that it is false."""
+    words = re.split(r"(\w+)", caption)
     while True:
         kind = pick(rng, KINDS_OF_WORDS)
-        a, b = pick(rng, kind), pick(rng, kind)
-        words = re.split(r"(\w+)", caption)
+        a, b = pick(rng, [word for word in kind if word in words] or kind), pick(rng, kind)
         false = "".join({a: b, b: a}.get(word, word) for word in words)
         if not holds(claims(false), scene):
             return false
