@@ -70,7 +70,6 @@ def fit(
     args: argparse.Namespace,
     iters: int,
     lr: float,
-    low_precision: bool = True,
 ) -> nn.Module:
     """Train `network`, going on from its checkpoint if there is one; returns the moving average of its weights.
 
@@ -81,13 +80,14 @@ def fit(
     warmup = min(500, iters // 10 + 1)
     parts = {"network": network, "ema": ema, "optimizer": optimizer}
     start = load_checkpoint(args.work / name, parts, {}, args.device)
+    low_precision = torch.autocast(args.device.type, torch.bfloat16, enabled=args.device.type != "cpu")
     saved = time.time()
     bar = trange(start, iters, initial=start, total=iters, desc=name, mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:  # a straight line up, then a cosine down
             group["lr"] = lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / iters))
         torch.manual_seed(step)  # the noise of a step depends on its number alone, so resuming changes nothing
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=low_precision):
+        with low_precision:
             loss = compute_loss(step)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -343,7 +343,7 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
         # at the noisy times.
         return ((predicted.float() - noise).square() / reflow.append_dims(a, z)).mean()
 
-    return fit("unet", unet, compute_loss, args, iters, lr=1e-3, low_precision=args.device.type != "cpu")
+    return fit("unet", unet, compute_loss, args, iters, lr=1e-3)
 
 
 # ---- All of it ------------------------------------------------------------------------------------------------------

@@ -136,9 +136,13 @@ ELSEWHERE = {
 
 @pytest.fixture
 def other_device(monkeypatch):
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda values, device="cpu", **how: tensor(values, **how).to(device))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    reflow.rising_boundaries.cache_clear()
     with OtherDevice():
         yield
+    reflow.rising_boundaries.cache_clear()
 
 
 @pytest.mark.parametrize("command", ELSEWHERE)

@@ -100,7 +100,7 @@ def test_interrupted_training_ends_with_the_weights_of_uninterrupted_training(tm
 
         torch.manual_seed(0)
         network = torch.nn.Linear(3, 2)
-        return miniature.fit("net", network, compute_loss, settings(work), 20, lr=0.1, low_precision=False)
+        return miniature.fit("net", network, compute_loss, settings(work), 20, lr=0.1)
 
     whole = fit(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
