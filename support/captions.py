@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from support.errors import InputError
 from support.files import listed
 
@@ -98,3 +100,12 @@ def read_metadata(index: Path) -> dict[Path, object]:
         place = f"{index}, entry {len(captions) + 1}"
         raise InputError(f"{place}: it does not have a file_name, and a text or caption") from None
     return dict(captions)
+
+
+def unlearned_words(bpe: Tokenizer, prompts: list[str]) -> list[str]:
+    """Words that a model of small vocabulary has never seen. CLIP's official vocabulary spells rare words from common
+    pieces; the miniature's has every word of its captions as one token and no other."""
+    if bpe.get_vocab_size() > 5000:
+        return []
+    words = dict.fromkeys(word.strip(",.") for prompt in prompts for word in prompt.split())
+    return [word for word in words if len(bpe.encode(word, add_special_tokens=False).ids) > 1]

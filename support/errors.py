@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 
 
@@ -24,10 +25,13 @@ def one_line_errors(parser: argparse.ArgumentParser, stopped: str = "stopped") -
     except (InputError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]  # a reader's process sends its traceback along
         parser.exit(2, f"error: {reason.rpartition('InputError: ')[2]}\n")
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        parser.exit(2, f"error: {str(error).splitlines()[0]} Try fewer --workers, or give them more memory.\n")
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        if "DataLoader worker (pid" in reason:
+            parser.exit(2, f"error: {reason} Try fewer --workers, or give them more memory.\n")
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", reason):
+            parser.exit(2, f"error: out of memory ({reason[:200]}); try a lower --batch-size or --size\n")
+        raise
     except KeyboardInterrupt:
         parser.exit(130, f"{stopped}\n")
 
