@@ -33,10 +33,10 @@ from support.captions import read_index
 from support.devices import rank_and_world
 from support.errors import InputError
 from support.files import write_tensors
+from support.folders import tensor_names
 from support.images import SUFFIXES, on_white
 from support.shards import read_table, shard_files
 from support.streams import CROP, NOISE, ORDER, POSTERIOR, TIME, UNCOND, stream
-from support.weights import tensor_names
 
 
 class Scenes(Dataset):

@@ -31,9 +31,10 @@ from support.captions import read_prompts
 from support.devices import choose_device, rank_and_world
 from support.errors import InputError, one_line_errors
 from support.files import listed, read_json
+from support.folders import find_tensors
 from support.images import on_white
 from support.layouts import as_stored
-from support.weights import assign, build, find_tensors, read_config
+from support.weights import assign, build, read_config
 
 PUBLISHED = "openai/clip-vit-large-patch14 and laion/CLIP-ViT-g-14-laion2B-s12B-b42K on the Hugging Face hub are some"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

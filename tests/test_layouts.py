@@ -24,7 +24,7 @@ UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 def official_tensors(family, component):
     """The names and shapes of an official network's tensors; they take no memory."""
-    network_class, config_class, _ = NETWORKS[component]
+    network_class, config_class = NETWORKS[component]
     config = read_config(config_class, layouts.OFFICIAL[family][component], component)
     return build(network_class, config).state_dict()
 

@@ -13,7 +13,8 @@ from model import NETWORKS, StableDiffusion
 from support import layouts
 from support.errors import InputError
 from support.files import read_json, replaced, write_text
-from support.weights import build, find_tensors, read_config
+from support.folders import find_tensors
+from support.weights import build, read_config
 from unet import UNet, UNetConfig
 
 load = StableDiffusion.load
@@ -137,7 +138,7 @@ def test_what_the_reference_libraries_shard_loads_too(sd15_pipeline, sd15, tmp_p
     ],
 )
 def test_settings_that_need_other_code_are_refused_by_name(part, settings, complaint):
-    network_class, config_class, _ = NETWORKS[part]
+    network_class, config_class = NETWORKS[part]
 
     def make(content):
         build(network_class, read_config(config_class, content, "here"), "here")
