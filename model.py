@@ -34,7 +34,9 @@ FLOW = WEIGHTS / "proreflow-i"  # the paper's ProReflow-I, trained from it: 4 wi
 
 Conditions = tuple[Tensor, Tensor | None, Tensor | None]  # context (B, L, D); SDXL: pooled (B, 1280), time_ids (B, 6)
 
-# part of a model: its network, its settings
+# GPUs would round the factors of float32 convolutions to 10 bits (TF32), and with them images and latents.
+FULL_PRECISION = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
 NETWORKS = {
     "unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig), "text_encoder": (ClipText, ClipTextConfig),
     "text_encoder_2": (ClipText, ClipTextConfig),
@@ -147,6 +149,7 @@ class StableDiffusion:
         return guided
 
     @torch.no_grad()
+    @FULL_PRECISION
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> mean and log-variance of their latents, (B, 4, h, w) each, unscaled."""
         weight = self.vae.encoder.conv_in.weight
@@ -165,6 +168,7 @@ class StableDiffusion:
         return (mean * self.vae.cfg.scaling_factor).to(self.dtype)
 
     @torch.no_grad()
+    @FULL_PRECISION
     def decode(self, latents: Tensor, low_memory: bool = False) -> Tensor:
         """Latents (B, 4, h, w) at the UNet's scale -> images (B, 3, H, W) in [-1, 1], fp32.
 
