@@ -33,7 +33,8 @@ from support.errors import InputError, one_line_errors
 from support.images import find_images, read_image, settings_of_png, to_rgb
 from support.layouts import as_stored
 from support.scoring import add_up, check_left_out, enough_memory, read_ahead, settings_of_run
-from support.weights import assign, build, find_tensors, read_config
+from support.folders import find_tensors
+from support.weights import assign, build, read_config
 
 
 @dataclass
