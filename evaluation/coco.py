@@ -51,7 +51,7 @@ class Choice:
 
 
 CHOICES = {
-    # GigaGAN; the paper's table 2. Its authors have a list of captions, one per line; give sample.py that if you have it.
+    # GigaGAN; the paper's table 2. Its authors have a list of captions. If you have it, give it to sample.py.
     "coco2014-30k": Choice(30_000, shuffled, True),
     "coco2017-5k": Choice(5_000, first_of_each, False),  # Rectified Diffusion; table 1
     "coco2014-10k": Choice(10_000, one_of_each, False),  # DMD2, for SDXL; table 3
