@@ -11,7 +11,6 @@ Shapes: B batch, z latents (B, 4, h, w), H W height and width in pixels.
 """
 
 import argparse
-import hashlib
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -23,10 +22,10 @@ from tqdm import tqdm
 
 import reflow
 from model import FLOW, StableDiffusion
-from support.captions import read_prompts
+from support.captions import read_prompts, unlearned_words
 from support.devices import choose_device, rank_and_world
-from support.errors import InputError, one_line_errors
-from support.files import make_folder
+from support.errors import InputError, Parser, at_least_0, one_line_errors, positive_int, seed
+from support.files import make_folder, version_of
 from support.images import image_grid, read_image, save_png, settings_of_png, to_pixels, write_png
 from support.streams import draw_noise
 
@@ -109,33 +108,9 @@ def check_sampler(sd: StableDiffusion, sampler: str | None, steps: int) -> str:
     return sampler
 
 
-def unlearned_words(sd: StableDiffusion, prompts: list[str]) -> list[str]:
-    """Words that a model of small vocabulary has never seen. CLIP's official vocabulary spells rare words from common
-    pieces; the miniature's has every word of its captions as one token and no other."""
-    bpe = sd.tokenizers[0].bpe
-    if bpe.get_vocab_size() > 5000:
-        return []
-    words = dict.fromkeys(word.strip(",.") for prompt in prompts for word in prompt.split())
-    return [word for word in words if len(bpe.encode(word, add_special_tokens=False).ids) > 1]
-
-
-def version_of(*paths: Path) -> str:
-    """Changes whenever a file of the model does: hashes names, sizes and times, and the content of small files. Reading
-    gigabytes of weights at every start would take longer than drawing."""
-    digest = hashlib.sha256()
-    for path in paths:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                about = file.stat()
-                small = about.st_size < 2**20
-                told = file.read_bytes() if small else str(about.st_mtime_ns).encode()
-                digest.update(f"{file.name} {about.st_size} ".encode() + told)
-    return digest.hexdigest()[:12]
-
-
 def notices(sd: StableDiffusion, args: argparse.Namespace, prompts: list[str], guidance: float) -> None:
     """What was asked for and has no effect, or not the expected one."""
-    if words := unlearned_words(sd, prompts):
+    if words := unlearned_words(sd.tokenizers[0].bpe, prompts):
         print(f"notice: words that this model never learned: {', '.join(words)}", file=sys.stderr)
     if args.negative_prompt and guidance == 1:
         print("notice: --negative-prompt has no effect without guidance (--guidance 1)", file=sys.stderr)
@@ -198,20 +173,24 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", nargs="+", help="one or more prompts")
     source.add_argument("--prompts", type=Path, help="a file with a prompt per line, or a COCO captions JSON")
     parser.add_argument("--model", type=Path, default=FLOW, help="model folder, or single .safetensors file")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer(s), for a single file")
-    parser.add_argument("--steps", type=int, default=4, help="network evaluations per image (two each with guidance)")
-    parser.add_argument("--guidance", type=float, help="guidance scale, 1: none; default: 4, or 1 for guided flows")
+    parser.add_argument(
+        "--steps", type=positive_int, default=4, help="network evaluations per image (two each with guidance)"
+    )
+    parser.add_argument(
+        "--guidance", type=at_least_0, help="guidance scale, 1: none; default: 4, or 1 for guided flows"
+    )
     parser.add_argument("--negative-prompt", default="", help="what guidance leads away from")
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: flow for flows, ddim for diffusion models")
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
-    parser.add_argument("--n", type=int, default=1, help="images per prompt")
-    parser.add_argument("--size", type=int, help="height and width in pixels; default: the model's")
-    parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass")
+    parser.add_argument("--seed", type=seed, default=0, help="image i depends on (seed, i) alone")
+    parser.add_argument("--n", type=positive_int, default=1, help="images per prompt")
+    parser.add_argument("--size", type=positive_int, help="height and width in pixels; default: the model's")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="images per forward pass")
     parser.add_argument("--out", type=Path, default=Path("out/samples"), help="folder for images and sheet.png")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: this process's GPU if there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float16, on CPU float32")

@@ -1,8 +1,12 @@
 """Text that users write: prompts, and captions of images. All of it is read here, so all of it is read alike."""
 
+import csv
+import io
 import json
 import sys
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from support.errors import InputError
 from support.files import listed
@@ -80,13 +84,28 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def read_index(index: Path) -> tuple[list[Path], list[str]]:
-    files, captions = [], []
-    for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            files.append(index.parent / entry["file_name"])
-            captions.append(entry["text"] + "")
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{index}, line {number}: not a JSON object with file_name and text") from None
-    return files, captions
+def read_metadata(index: Path) -> dict[Path, object]:
+    """The captions in a metadata.jsonl or metadata.csv of Hugging Face, as they stand there, by image file.
+
+    An entry has `file_name`, relative to the index, and `text` or `caption`. Raises InputError.
+    """
+    captions = []
+    text = read_text(index)
+    try:
+        lines = (json.loads(line) for line in lines_of(text) if line.strip())
+        for entry in csv.DictReader(io.StringIO(text, newline="")) if index.suffix == ".csv" else lines:
+            file = index.parent / entry["file_name"].replace("\\", "/")
+            captions.append((file, entry["text"] if "text" in entry else entry["caption"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error):
+        place = f"{index}, entry {len(captions) + 1}"
+        raise InputError(f"{place}: it does not have a file_name, and a text or caption") from None
+    return dict(captions)
+
+
+def unlearned_words(bpe: Tokenizer, prompts: list[str]) -> list[str]:
+    """Words that a model of small vocabulary has never seen. CLIP's official vocabulary spells rare words from common
+    pieces; the miniature's has every word of its captions as one token and no other."""
+    if bpe.get_vocab_size() > 5000:
+        return []
+    words = dict.fromkeys(word.strip(",.") for prompt in prompts for word in prompt.split())
+    return [word for word in words if len(bpe.encode(word, add_special_tokens=False).ids) > 1]

@@ -20,7 +20,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin with a mark
         if not isinstance(content, dict):
             raise ValueError("no names and values in braces")
         return content
@@ -124,4 +124,18 @@ def fingerprint(*weights: Tensor) -> str:
     digest = hashlib.sha256()
     for weight in weights:
         digest.update(weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def version_of(*paths: Path) -> str:
+    """Changes whenever a file of the model does: hashes names, sizes and times, and the content of small files. Reading
+    gigabytes of weights at every start would take longer than drawing."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                about = file.stat()
+                small = about.st_size < 2**20
+                told = file.read_bytes() if small else str(about.st_mtime_ns).encode()
+                digest.update(f"{file.name} {about.st_size} ".encode() + told)
     return digest.hexdigest()[:12]

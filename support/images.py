@@ -2,7 +2,10 @@
 
 import os
 import re
+import textwrap
 import warnings
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +14,26 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from support.errors import InputError
+from support.files import replaced
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-LONGEST = 32  # times its shorter side: resizing the shorter side of a 1 x 4000 image would take gigabytes
-ORIENTATION, TURN = 0x0112, Image.Transpose  # EXIF: how the camera was held; and what turns the image upright
+LARGEST, MOST = 2**28, 2**26  # bytes of a file, and pixels
+LONGEST = 32  # times the shorter side: an image of 1 x 4000 pixels would take gigabytes where it is resized
+TURN = Image.Transpose  # by the numbers of EXIF, which say how the camera was held
 TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE}
 TURNS |= {6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All images in a folder and the folders in it, in natural order: 2.png before 10.png.
+    """All images in a folder and the folders in it, but sample.py's sheet.png. Raises InputError if there are none."""
+    files = find_files(folder, lambda name: name.lower().endswith(SUFFIXES) and name != "sheet.png")
+    if not files:
+        raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)}); check the path")
+    return files
 
-    Hidden files and folders are left out, what macOS and a NAS add, and sample.py's sheet.png. Links to folders are
-    followed, each folder once. Raises InputError where there is no folder, or no image in it.
-    """
+
+def find_files(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
+    """The files of wanted names in a folder tree, in natural order. Each folder is visited once, links included."""
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; check the path")
     files, links, seen = [], [folder], set()
@@ -36,66 +45,57 @@ def find_images(folder: Path) -> list[Path]:
                 continue
             seen.add(os.path.realpath(place))
             links += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
-            files += [Path(place, name) for name in names if is_image(name) and name != "sheet.png"]
-    if not files:
-        raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)}); check the path")
+            files += [Path(place, name) for name in names if wanted(name) and not is_hidden(name)]
     return sorted(files, key=natural)
 
 
 def is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
-
-
-def is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not is_hidden(name)
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")  # what macOS and network storages put there
 
 
 def natural(file: Path) -> tuple[list, Path]:
-    """What sorts names with the numbers in them by value."""
-    parts = [re.split("([0-9]+)", part) for part in file.parts]  # each is text, number, text, number, ..., text
-    return [[int(x) if i % 2 else x for i, x in enumerate(part)] for part in parts], file
+    """Sorts numbers in names by value: 2.png before 10.png."""
+    parts = re.split("([0-9]+)", str(file))  # text, number, text, number, ..., text
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], file
 
 
-def read_image(file, upright: bool = False, on_white: bool = False) -> Image.Image:
-    """An image file, or its content as a stream, of any mode as RGB. Everybody reads images by this function.
+def read_image(file: Path | BytesIO, upright: bool = False, on_white: bool = False) -> Image.Image:
+    """Any image as RGB. `upright`: turned as its EXIF says. `on_white`: white shows through; else all is opaque.
 
-    `upright`: turn it as its EXIF says. `on_white`: what is transparent shows white; else transparency is dropped.
-    Raises ValueError where it is damaged, too large or too long.
+    Raises ValueError if it is damaged, or too large to be read in little memory.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # of tags that nobody needs
-            width, height = image.size
-            if width * height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{width} x {height} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
+        if isinstance(file, Path) and file.stat().st_size > LARGEST:
+            raise ValueError(f"it is larger than {LARGEST:,} bytes")
+        # Warnings are about tags that nobody needs.
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
+            size = f"{image.width} x {image.height} pixels"
+            if image.width * image.height > MOST:
+                raise ValueError(f"{size} are more than {MOST:,}")
             if max(image.size) > LONGEST * min(image.size):
-                raise ValueError(f"{width} x {height} pixels: one side is over {LONGEST} times the other")
+                raise ValueError(f"{size}: one side is more than {LONGEST} times the other")
             image.load()
-            turn = orientation(image) if upright else None
+            turn = TURNS.get(orientation(image)) if upright else None
             image = to_rgb(image, on_white)
             return image if turn is None else image.transpose(turn)
     except Exception as error:  # pillow has many ways to say that a file is damaged
         raise ValueError(f"cannot be read: {error or type(error).__name__}") from None
 
 
-def orientation(image: Image.Image) -> Image.Transpose | None:
+def orientation(image: Image.Image) -> object:
     try:
-        return TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:  # a broken EXIF; the image itself may be fine
+        return image.getexif().get(0x0112)
+    except Exception:  # broken EXIF, of an image that may be fine
         return None
 
 
 def to_rgb(image: Image.Image, on_white: bool = False) -> Image.Image:
-    """An image of any mode as RGB. 16 bits of grey keep their upper 8, as pillow does with 16 bits of color."""
-    if image.mode.startswith("I"):
+    """An image of any mode as RGB. 16 bits of grey keep their upper 8, as 16 bits of color do in pillow."""
+    if image.mode[0] in "IF":
         levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("its levels of grey are not 16 bits")
-        transparent = image.info.get("transparency")
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("its levels of grey are of neither 8 nor 16 bits")
         image = Image.fromarray((levels >> 8).astype(np.uint8))
-        if transparent is not None:
-            image.putalpha(Image.fromarray(levels != transparent).convert("L"))
-    if image.mode == "F":
-        raise ValueError("its levels are floating-point numbers of unknown range")
     if on_white and image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -111,13 +111,13 @@ def settings_of_png(file: Path) -> dict[str, str]:
     try:
         with Image.open(file) as image:
             settings = {name: str(value) for name, value in image.info.items() if isinstance(value, str)}
-    except Exception:  # pillow has many ways to say that a file is damaged
+    except Exception:  # as above
         return {}
     return settings if settings.get("software") == "proreflow" or {"index", "weights"} <= settings.keys() else {}
 
 
 def save_png(image: np.ndarray, file: Path, settings: dict[str, str]) -> None:
-    """Write an image (H, W, 3) with its settings in its text chunk, whole or not at all."""
+    """Write an image (H, W, 3) with its settings in its text chunk."""
     info = PngInfo()
     for name, value in settings.items():
         info.add_itxt(name, value)
@@ -125,9 +125,8 @@ def save_png(image: np.ndarray, file: Path, settings: dict[str, str]) -> None:
 
 
 def write_png(image: Image.Image, file: Path, info: PngInfo | None = None) -> None:
-    """Write a PNG file, whole or not at all."""
-    image.save(file.with_suffix(".partial"), format="PNG", pnginfo=info)
-    os.replace(file.with_suffix(".partial"), file)
+    with replaced(file) as aside:
+        image.save(aside, format="PNG", pnginfo=info)
 
 
 def image_grid(images: list[np.ndarray], captions: list[str], columns: int) -> Image.Image:
@@ -141,17 +140,6 @@ def image_grid(images: list[np.ndarray], captions: list[str], columns: int) -> I
     for i, (image, caption) in enumerate(zip(images, captions)):
         x, y = 8 + i % columns * cell[0], 8 + i // columns * (cell[1] + text)
         sheet.paste(Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.NEAREST), (x, y))
-        lines = wrap(caption, lambda line: pen.textlength(line) <= width * zoom)
+        lines = textwrap.wrap(caption, width * zoom // 6)  # a letter is about 5 pixels wide
         pen.multiline_text((x, y + height * zoom + 2), "\n".join(lines[:2]), "black", spacing=1)
     return sheet
-
-
-def wrap(text: str, fits) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if fits(longer) or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines

@@ -1,24 +1,26 @@
-"""The miniature's data set: drawn scenes with captions, and a judge that can tell whether an image keeps to a caption.
+"""The miniature's data set: drawn scenes with captions, and a judge that knows whether an image shows its caption.
 
-A scene is two to four colored shapes on a background. Its caption names only part of what is there, so that many
-images fit one caption, as with real captions. And since we know how scenes are drawn we can read images back: "does
-it follow the prompt?" has an exact answer, where real images need a learned score.
-    forward   make_scene -> draw: an image      choose_facts -> say: a caption
-    backward  parse: what the image shows      claims: what the caption says      judge: do they agree?
-Read next: miniature.py, which trains a whole Stable Diffusion on these.
+A scene is two to four colored shapes on a background. A caption names only part of it, as real captions do, so that
+many images fit one caption. Since we know how scenes are drawn, a program can read images back: whether an image
+follows its prompt has an exact answer, where real images need a learned score.
+
+    scene to image and caption    make_scene, draw; choose_facts, say
+    image and caption to scene    parse: what an image shows; claims: what a caption says; judge: do they agree?
+
+Read next: `miniature/train.py`, which trains a whole Stable Diffusion on these.
 """
 
 import itertools
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
-from support import streams
-from support.streams import stream
+from support.streams import CAPTION, DETAILED_CAPTION, PROMPT, SCENE, stream
 
+TRAIN, VALIDATION, TEST = 0, 1, 2  # seeds: of scenes to train on, to choose settings by, to report on
 SIZE = 64  # pixels; pixel j covers [j, j + 1), so its center is j + 0.5
 Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
 
@@ -39,10 +41,10 @@ TONES = {"dark": (35, 60), "gray": (110, 145), "light": (195, 225)}  # mean gray
 PATTERNS = ("plain", "gradient", "striped", "checkered")
 
 
-# ---------------------------------------------------------------- scenes, and how they are drawn
+# ---- Scenes, and how they are drawn ---------------------------------------------------------------------------------
 
 
-# A field with a default is paint: draw needs it, parse leaves it out.
+# draw needs the fields with defaults, parse leaves them out.
 @dataclass
 class Item:
     shape: str
@@ -58,8 +60,8 @@ class Item:
 @dataclass
 class Scene:
     items: list[Item]
-    tone: str
-    pattern: str
+    tone: str | None = None
+    pattern: str | None = None
     rgb: tuple = ()  # mean color of the background
     contrast: float = 0.0  # gray levels between that mean and either extreme of the pattern
     angle: float = 0.0  # direction of a gradient or of stripes, radians
@@ -78,13 +80,11 @@ def make_scene(rng) -> Scene:
     angle, *phase = rng.uniform(0, 2 * np.pi, 3)
     # No two items share both color and shape, so that "the red circle" is never in doubt.
     kinds = rng.permutation(len(COLORS) * len(SHAPES))[: 2 + int(rng.random() * 3)]
-    items = [None]
-    while None in items:  # one found no room: begin again, with other sizes
-        items = []
-        for kind in kinds:
-            items.append(place(rng, list(SHAPES)[kind % len(SHAPES)], list(COLORS)[kind // len(SHAPES)], items))
-            if items[-1] is None:
-                break
+    items = []
+    while len(items) < len(kinds):
+        color, shape = divmod(kinds[len(items)], len(SHAPES))
+        item = place(rng, list(SHAPES)[shape], list(COLORS)[color], items)
+        items = [*items, item] if item else []  # no room: begin again, with other sizes
     return Scene(items, tone, pattern, tuple(rgb), contrast, angle, rng.uniform(9, 16), tuple(phase))
 
 
@@ -100,9 +100,9 @@ def place(rng, shape, color, others) -> Item | None:
     return None
 
 
-def coverage(shape, x, y, radius, tilt=0.0, window=...):
-    """How much of each pixel in `window` the shape covers: from 1 to 0 within half a pixel of the outline."""
-    right, down = (X[window] - x) / radius, (Y[window] - y) / radius
+def coverage(shape, x, y, radius, tilt=0.0) -> np.ndarray:
+    """The share of each pixel that the shape covers, (64, 64): from 1 to 0 within half a pixel of the outline."""
+    right, down = (X - x) / radius, (Y - y) / radius
     cos, sin = math.cos(tilt), math.sin(tilt)
     return np.clip(0.5 - radius * SHAPES[shape](cos * right + sin * down, cos * down - sin * right), 0, 1)
 
@@ -124,14 +124,12 @@ def draw(scene: Scene) -> np.ndarray:
         wave = np.clip(6 * np.sin(turn * X + scene.phase[0]) * np.sin(turn * Y + scene.phase[1]), -1, 1)
     image = np.float32(scene.rgb) + scene.contrast * wave[..., None]
     for item in scene.items:
-        reach = REACH[item.shape] * item.radius + 1
-        window = tuple(slice(int(at - reach), int(at + reach) + 1) for at in (item.y, item.x))
-        alpha = coverage(item.shape, item.x, item.y, item.radius, item.tilt, window)[..., None]
-        image[window] += alpha * (np.float32(item.rgb) - image[window])
+        alpha = coverage(item.shape, item.x, item.y, item.radius, item.tilt)[..., None]
+        image += alpha * (np.float32(item.rgb) - image)
     return np.clip(image + 0.5, 0, 255).astype(np.uint8)
 
 
-# ---------------------------------------------------------------- captions: said of a scene, and understood
+# ---- Captions -------------------------------------------------------------------------------------------------------
 
 # Sides of the image in x and in y: -1, 1, or 0 for the middle; None is not told.
 POSITIONS = {"on the left": (-1, None), "on the right": (1, None), "at the top": (None, -1), "at the bottom": (None, 1)}
@@ -139,9 +137,6 @@ POSITIONS |= {"at the top left": (-1, -1), "at the top right": (1, -1), "at the 
 POSITIONS |= {"at the bottom right": (1, 1), "in the center": (0, 0), "in the middle": (0, 0)}
 RELATIONS = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = ("no", "one", "two", "three", "four")
-# What a caption can be wrong about: fields of Named and of Claims, and their other values.
-LOOKS = {"shape": list(SHAPES), "color": list(COLORS), "size": list(SIZES), "position": list(POSITIONS)}
-FACTS = {"relation": list(RELATIONS), "count": [2, 3, 4], "tone": list(TONES), "pattern": PATTERNS}
 
 
 @dataclass
@@ -191,27 +186,18 @@ def choose_facts(scene: Scene, rng, named: int, detail: float = 0.4) -> Claims:
     return facts
 
 
-def falsify(facts: Claims, scene: Scene, rng) -> Claims:
-    """The same claims but for one, so that they are false: a caption to be told from the true one."""
+KINDS_OF_WORDS = [list(SHAPES), list(COLORS), list(SIZES), list(TONES), PATTERNS]
+KINDS_OF_WORDS += [("left", "right"), ("top", "bottom"), ("above", "below")]
 
-    def other(options, told):
-        return pick(rng, [option for option in options if option != told])
 
-    names = facts.items
-    changes = [(facts, field, options) for field, options in FACTS.items() if getattr(facts, field)]
-    changes += [(name, field, options) for name in names for field, options in LOOKS.items() if getattr(name, field)]
-    if len(names) == 2:
-        changes += [(names, "shape", None), (names, "color", None)]
+def falsify(caption: str, scene: Scene, rng) -> str:
+    """The caption with a word replaced by another of its kind, or with two exchanged, so that it is false."""
+    words = re.split(r"(\w+)", caption)
     while True:
-        what, field, options = pick(rng, changes)
-        if what is names:  # each has what the other should have
-            a, b = (getattr(name, field) for name in names)
-            changed = [replace(names[0], **{field: b}), replace(names[1], **{field: a})]
-        else:
-            new = replace(what, **{field: other(options, getattr(what, field))})
-            changed = [new if name is what else name for name in names]
-        false = replace(new if what is facts else facts, items=changed)
-        if not holds(false, scene):
+        kind = pick(rng, KINDS_OF_WORDS)
+        a, b = pick(rng, [word for word in kind if word in words] or kind), pick(rng, kind)
+        false = "".join({a: b, b: a}.get(word, word) for word in words)
+        if not holds(claims(false), scene):
             return false
 
 
@@ -236,7 +222,7 @@ def one_of(options):
 
 
 ITEM = f"(?:a|one) (?:{one_of(SIZES)} )?{one_of(COLORS)} {one_of(SHAPES)}(?: {one_of(POSITIONS)})?"
-CAPTION = re.compile(
+GRAMMAR = re.compile(
     f"(?:an image of |there is |there are )?(?:{one_of(NUMBERS[2:])} shapes, one of them )?{ITEM}"
     f"(?:(?:,| and| {one_of(RELATIONS)}) {ITEM})?(?: and {one_of(NUMBERS[1:4])} other shapes?)?"
     f"(?:(?: on a|,)(?! background)(?: {one_of(TONES)})?(?: {one_of(PATTERNS)})? background)?"
@@ -245,7 +231,7 @@ CAPTION = re.compile(
 
 def claims(caption: str) -> Claims:
     """The inverse of say. ValueError for a sentence outside the grammar."""
-    match = CAPTION.fullmatch(caption)
+    match = GRAMMAR.fullmatch(caption)
     if match is None:
         raise ValueError(f"not a caption of the miniature: {caption!r}; try 'a small red circle on the left'")
     total, *first, relation = match.groups()[:6]
@@ -255,14 +241,7 @@ def claims(caption: str) -> Claims:
     return Claims(items, relation, count, tone, pattern)
 
 
-def words() -> list[str]:
-    """Every word of the captions, for the tokenizer; besides these there is only the comma."""
-    glue = "an image of there is are shapes one them and other shape on background two three four"
-    phrases = (glue, *SIZES, *COLORS, *SHAPES, *POSITIONS, *RELATIONS, *TONES, *PATTERNS)
-    return sorted(set(" ".join(phrases).split()))
-
-
-# ---------------------------------------------------------------- the way back: what does an image show?
+# ---- The way back: what does an image show? --------------------------------------------------------------------------
 
 # A color without its gray part. A pixel that an item covers by half is about half as colorful as the item, whatever the
 # (nearly gray) background: colorfulness reads as coverage.
@@ -271,7 +250,7 @@ LENGTH = np.linalg.norm(CHROMA, axis=1)
 
 
 def parse(image: np.ndarray) -> Scene:
-    """The items and the background of a (64, 64, 3) uint8 image. A blob like none of our shapes is "unknown"."""
+    """The items in a (64, 64, 3) uint8 image. A blob like none of our shapes is "unknown". Backgrounds are not read."""
     image = image.astype(np.float32)
     along = (image - image.mean(2, keepdims=True)) @ (CHROMA / LENGTH[:, None]).T  # (64, 64, colors)
     nearest = along.argmax(2)
@@ -281,8 +260,7 @@ def parse(image: np.ndarray) -> Scene:
         parts, n = ndimage.label((nearest == i) & (strength > 0.45))
         masks = [parts == part for part in range(1, n + 1)]
         items += [identify(mask, color) for mask in masks if mask.sum() >= 16]  # less is a speck
-    free = ~ndimage.binary_dilation(strength > 0.3, iterations=2)
-    return Scene(items, *background(image.mean(2), free))
+    return Scene(items)
 
 
 def identify(mask, color) -> Item:
@@ -296,40 +274,17 @@ def identify(mask, color) -> Item:
     return Item(shape if iou[shape] > 0.78 else "unknown", color, size, x, y, radius)
 
 
-def background(gray, free):
-    """Tone and pattern, from the gray levels (64, 64) of the pixels free of items."""
-    if free.sum() < SIZE:
-        return "unknown", "unknown"
-    mean = gray[free].mean()
-    tone = "dark" if mean < 85 else "gray" if mean < 170 else "light"
-    wave = np.where(free, ndimage.uniform_filter(gray, 3) - mean, 0)
-    if wave[free].std() < 4:
-        return tone, "plain"
-    # The strongest wave has (fy, fx) periods per image. A gradient is less than two. Checks, sin x sin y, come with a
-    # mirror image (-fy, fx); stripes are alone.
-    power = abs(np.fft.rfft2(wave)) ** 2
-    fy, fx = np.unravel_index(power.argmax(), power.shape)
-    if math.hypot(fx, min(fy, SIZE - fy)) < 2.5:
-        return tone, "gradient"
-    checks = min(fx, fy, SIZE - fy) >= 3 and power[-fy, fx] > 0.25 * power[fy, fx]
-    return tone, "checkered" if checks else "striped"
-
-
 def holds(facts: Claims, scene: Scene) -> bool:
-    """Is all that was claimed true of the scene?"""
+    """Is all that was claimed true of the scene? Claims on a background that was not read count as true."""
 
     def fits(name, item):
         same = (name.shape, name.color, name.size or item.size) == (item.shape, item.color, item.size)
         return same and (name.position is None or lies(item, name.position, 0))
 
-    return (
-        facts.count in (None, len(scene.items))
-        and facts.tone in (None, scene.tone)
-        and facts.pattern in (None, scene.pattern)
-        and any(
-            all(map(fits, facts.items, items)) and (facts.relation is None or related(*items, facts.relation, 2))
-            for items in itertools.permutations(scene.items, len(facts.items))
-        )
+    claimed = (facts.count, len(scene.items)), (facts.tone, scene.tone), (facts.pattern, scene.pattern)
+    return all(None in pair or pair[0] == pair[1] for pair in claimed) and any(
+        all(map(fits, facts.items, items)) and (facts.relation is None or related(*items, facts.relation, 2))
+        for items in itertools.permutations(scene.items, len(facts.items))
     )
 
 
@@ -338,29 +293,23 @@ def judge(image: np.ndarray, caption: str) -> bool:
     return holds(claims(caption), parse(image))
 
 
-# ---------------------------------------------------------------- the data set
+# ---- The data set ---------------------------------------------------------------------------------------------------
 
 
 def sample(seed: int, index: int) -> tuple[np.ndarray, str]:
     """Image `index` of data set `seed`, (64, 64, 3) uint8, with its caption."""
-    scene, caption = scene_and_caption(seed, index)
-    return draw(scene), caption
+    return draw(make_scene(stream(SCENE, seed, index))), caption(seed, index)
 
 
-def scene_and_caption(seed: int, index: int) -> tuple[Scene, str]:
-    """Scene `index` of data set `seed`, not drawn, and its caption."""
-    scene, rng = make_scene(stream(streams.SCENE, seed, index)), stream(streams.CAPTION, seed, index)
-    return scene, say(some_facts(scene, rng), rng)
-
-
-def detailed_caption(seed: int, index: int, detail: float) -> str:
-    """Another caption of scene `index`, that tells more; `detail` as in `choose_facts`."""
-    scene, rng = make_scene(stream(streams.SCENE, seed, index)), stream(streams.DETAILED_CAPTION, seed, index)
-    return say(some_facts(scene, rng, detail), rng)
+def caption(seed: int, index: int, detail: float | None = None) -> str:
+    """The caption of scene `index`; with `detail` (see `choose_facts`), another one."""
+    scene = make_scene(stream(SCENE, seed, index))
+    rng = stream(CAPTION if detail is None else DETAILED_CAPTION, seed, index)
+    return say(some_facts(scene, rng, detail or 0.4), rng)
 
 
 def some_facts(scene: Scene, rng, detail: float = 0.4) -> Claims:
-    """What a caption tells of a scene: one or two items, sometimes how many there are, or the background."""
+    """What a caption says of a scene: one or two items, sometimes how many there are, or the background."""
     kind, told = rng.random(), rng.random()
     facts = choose_facts(scene, rng, 2 if kind < 0.5 else 1, detail)
     facts.count = len(scene.items) if kind > 0.9 else None
@@ -369,14 +318,7 @@ def some_facts(scene: Scene, rng, detail: float = 0.4) -> Claims:
     return facts
 
 
-def captions(scene: Scene, rng, wrong: int) -> list[str]:
-    """A true caption, and `wrong` false ones that differ from it in one thing and not in their phrasing."""
-    facts, phrasing = some_facts(scene, rng), rng.integers(2**32)
-    told = [facts] + [falsify(facts, scene, rng) for _ in range(wrong)]
-    return [say(facts, np.random.default_rng(phrasing)) for facts in told]
-
-
 def prompt(seed: int, index: int, named: int = 1) -> str:
-    """A caption that names one or two items and no more, for evaluation. Take a seed that no training image used."""
-    rng = stream(streams.PROMPT, seed, index, named)
+    """A caption that names one or two items and nothing else, for evaluation. Its scene is in no data set."""
+    rng = stream(PROMPT, seed, index, named)
     return say(choose_facts(make_scene(rng), rng, named), rng)

@@ -1,21 +1,21 @@
-"""Run the code in walkthrough.md and put what it prints below it, so that the text cannot go stale.
+"""Run the code in docs/walkthrough.md and put what it prints below it, so that the text stays true.
 
-python docs/walkthrough.py           write docs/walkthrough.md and its images anew
+python -m tools.walkthrough    write docs/walkthrough.md and its images again
 """
 
 import contextlib
 import io
-import os
 import re
-import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+from support.files import write_text
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n.*?```\n)?", re.DOTALL)
 
 
 def rerun(markdown: str, images: Path) -> str:
-    """The same text with the output of every python block below it; `images` is where its show() writes."""
+    """The same text with the output of every Python block below it; `images` is where its show() writes."""
     names = {"images": images}
 
     def execute(block: re.Match) -> str:
@@ -29,8 +29,5 @@ def rerun(markdown: str, images: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parent))
-    source, aside = HERE / "walkthrough.md", HERE / "walkthrough.partial"
-    (HERE / "walkthrough").mkdir(exist_ok=True)
-    aside.write_text(rerun(source.read_text(encoding="utf-8"), HERE / "walkthrough"), encoding="utf-8")
-    os.replace(aside, source)
+    page = DOCS / "walkthrough.md"
+    write_text(page, rerun(page.read_text(encoding="utf-8"), DOCS / "walkthrough"))
