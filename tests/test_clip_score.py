@@ -378,7 +378,7 @@ def test_a_missing_folder_says_where_there_are_some(copy, tmp_path):
     assert "nowhere is no CLIP folder: it has no config.json" in message and "Hugging Face hub" in message
     assert "openai/clip-vit-large-patch14" in message and "laion/CLIP-ViT-g-14-laion2B-s12B-b42K" in message
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    assert "is a pickle, which can run any code when it is opened" in refusal(ClipScore.load, copy)
+    assert "is a pickle, which can run any code" in refusal(ClipScore.load, copy)
     (copy / "pytorch_model.bin").unlink()
     assert "model.safetensors is missing" in refusal(ClipScore.load, copy)
 
@@ -527,7 +527,7 @@ def test_a_wrong_argument_is_one_clear_line_and_exit_code_2(small, images, tmp_p
         ([small / "config.json", "--clip", small], "config.json is no folder"),
         ([images, "--clip", tmp_path / "nowhere"], "nowhere is no CLIP folder"),
         ([images, "--clip", small, "--prompts", tmp_path / "none.txt"], "cannot read "),
-        ([images, "--clip", small, "--batch-size", "0"], "--batch-size must be"),
+        ([images, "--clip", small, "--batch-size", "0"], "--batch-size: must be"),
     ]:
         assert run(*arguments) == 2
         error = capsys.readouterr().err.splitlines()
