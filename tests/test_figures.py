@@ -57,16 +57,16 @@ def test_a_diffusion_models_trajectory_is_the_one_of_ddim():
 
 def test_scores_are_rows_that_say_all_and_are_not_measured_twice(tmp_path, monkeypatch):
     file = tmp_path / "rows.json"
-    command = ["score", "--count", 2, "--images", 4, "--json", file, "--out", tmp_path, "--device", "cpu"]
-    assert run(*command, f"{MINIATURE}:2", "--guidance", 1, 2) == 0
+    options = ["--count", 2, "--json", file, "--out", tmp_path, "--device", "cpu", "--images"]
+    assert run("score", f"{MINIATURE}:2", *options, 4, "--guidance", 1, 2) == 0
     rows = json.loads(file.read_text())
     assert [(row["guidance"], row["evaluations"]) for row in rows] == [(1.0, 2), (2.0, 4)]
     assert {row["split"] for row in rows} == {"validation"} and {row["sampler"] for row in rows} == {"ddim"}
     assert {"one item", "two items", "frechet", "clip"} < rows[0].keys()
     seeds, prompt = set(), scenes.prompt
     monkeypatch.setattr(scenes, "prompt", lambda seed, *rest: seeds.add(seed) or prompt(seed, *rest))
-    assert run(*command, f"{MINIATURE}:2") == 0 and not seeds
-    assert run(*command, f"{MINIATURE}:1:dpm++", "--split", "test", "--images", 0) == 0 and seeds == {TEST}
+    assert run("score", f"{MINIATURE}:2", *options, 4) == 0 and not seeds
+    assert run("score", f"{MINIATURE}:1:dpm++", *options, 0, "--split", "test") == 0 and seeds == {TEST}
     *again, alone = json.loads(file.read_text())
     assert again == rows and alone["sampler"] == "dpm++" and "frechet" not in alone
 
