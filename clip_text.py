@@ -7,7 +7,6 @@ official `text_encoder/config.json`. Attribute names equal the keys of the offic
 Shapes: B batch, L = 77 tokens, D width. This is the first file to read; `unet.py` is next.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,9 @@ from typing import ClassVar
 import tokenizers
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-TOKENIZER_FILES = (
-    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json",
-)  # fmt: skip
-BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+from support.vocabulary import BEGIN, END, read_tokenizer
 
 
 class Tokenizer:
@@ -34,48 +28,18 @@ class Tokenizer:
         self.files: dict[str, bytes] = {}  # what it was loaded from, for saving a model
         bpe.no_truncation()  # a tokenizer.json may ask for both; we do them below, and say what is cut off
         bpe.no_padding()
-        # Special tokens are looked for before anything else. So in SDXL's second tokenizer, which pads with "!",
-        # a "!" within a prompt is the padding token too, and we keep it so: the other libraries do.
-        bpe.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (BEGIN, END, pad_token)])
         self.begin, self.end, self.pad = (bpe.token_to_id(t) for t in (BEGIN, END, pad_token))
 
     @classmethod
     def load(cls, folder: str | Path, pad_token: str | None = None) -> "Tokenizer":
-        """Read an official `tokenizer/` folder: `vocab.json` and `merges.txt`, or `tokenizer.json`.
-
-        pad_token: instead of the folder's own. Raises FileNotFoundError or ValueError, in one line, when the files are
-        missing or broken.
-        """
-        folder = Path(folder)
-        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-        if not {"vocab.json", "merges.txt"} <= files.keys() and "tokenizer.json" not in files:
-            raise FileNotFoundError(f"{folder} holds no tokenizer: vocab.json and merges.txt, or tokenizer.json")
-        try:
-            settings = json.loads(files.get("tokenizer_config.json", "{}"))
-            special = settings | json.loads(files.get("special_tokens_map.json", "{}"))
-            if "vocab.json" in files and "merges.txt" in files:
-                bpe = clip_bpe(*models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-            else:
-                bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the tokenizers package raises bare Exception for a damaged file
-            raise ValueError(f"the tokenizer in {folder} cannot be read ({error}); fetch its files again") from None
-        if missing := [token for token in (BEGIN, END) if bpe.token_to_id(token) is None]:
-            raise ValueError(f"the tokenizer in {folder} is not CLIP's: its vocabulary lacks {' and '.join(missing)}")
-
-        if pad_token:
-            files["tokenizer_config.json"] = json.dumps(settings | {"pad_token": pad_token}).encode()
-            files["special_tokens_map.json"] = json.dumps(special | {"pad_token": pad_token}).encode()
-        pad = pad_token or special.get("pad_token") or END
-        if isinstance(pad, dict):  # how some versions of the library write a token
-            pad = pad.get("content")
-        if not isinstance(pad, str):
-            raise ValueError(f"the tokenizer in {folder} has no usable pad_token ({pad!r}); fetch its files again")
-        tokenizer = cls(bpe, pad)
+        """Read an official `tokenizer/` folder. pad_token: instead of the folder's own. Raises InputError."""
+        bpe, pad, length, files = read_tokenizer(Path(folder), pad_token)
+        tokenizer = cls(bpe, pad, length)
         tokenizer.files = files
         return tokenizer
 
     def __call__(self, prompts: list[str]) -> Tensor:
-        """Token ids (B, 77), int64: begin, the text, end, padding. What does not fit is cut off, with a notice."""
+        """Token ids (B, L), int64: begin, the text, end, padding. What does not fit is cut off, with a notice."""
         rows = []
         for prompt in prompts:
             encoding = self.bpe.encode(prompt, add_special_tokens=False)
@@ -86,23 +50,6 @@ class Tokenizer:
             row = [self.begin, *encoding.ids[:room], self.end]
             rows.append(row + [self.pad] * (self.length - len(row)))
         return torch.tensor(rows, dtype=torch.int64).view(-1, self.length)  # so also for no prompts at all
-
-
-def clip_bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """CLIP's byte-pair encoding: lower case, words end in `</w>`, digits stand alone, any other sign is its bytes."""
-    bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token=END, end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    return bpe
 
 
 @dataclass
@@ -129,6 +76,10 @@ class ClipTextConfig:
         "pad_token_id": ..., "initializer_factor": ..., "initializer_range": ..., "torch_dtype": ..., "dtype": ...,
         "transformers_version": ...,
     }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} cannot be divided among {self.num_attention_heads} heads")
 
 
 def quick_gelu(x: Tensor) -> Tensor:

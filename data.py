@@ -1,42 +1,41 @@
 """Captioned images to train on, in an order that depends on a seed and nothing else.
 
-Training sees sample number 0, 1, 2, ... without end. Which image that is, and all the chance that goes with it,
-follows from (seed, number) alone: not from the number of processes, nor from how often the run was interrupted. So the
-number of samples seen is all that a checkpoint has to remember, and two processes train on what one would have.
+Training sees sample number 0, 1, 2, ... without end. Which image that is, and every random draw for it, follow from
+(seed, number) alone: not from the number of processes, nor from interruptions. So the number of samples seen is all
+that a checkpoint has to remember, and two processes train on what one would have.
 
-A source is a `Dataset` of images (3, H, W) in [-1, 1], or of latents, each with its caption: drawn scenes, a folder
-of images, tar shards, or latents, which are made once:
+A source is a `Dataset` of drawn scenes, a folder of images, tar shards, or latents, which are encoded beforehand:
 
     python -m tools.cache --out out/latents                                      of drawn scenes
     torchrun --nproc-per-node 8 -m tools.cache --model DIR --data DIR --out DIR  of images, by 8 processes
+
+An item of a source has its `caption` and either `image` (3, H, W), fp32 in [-1, 1], or `mean` and `log_variance`
+(4, h, w) of its latent's distribution. Batches have the same with a B in front.
+Shapes: N items, B batch, H W pixels, h w latents, L bytes of a caption.
 
 Read `train.py` next.
 """
 
 import io
 import json
-import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from safetensors import safe_open
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from PIL import Image
+from torch.utils.data import Dataset
 
 import reflow
 from support import scenes
-from support.captions import read_index
-from support.devices import rank_and_world
+from support.captions import caption_of, decode, read_metadata, read_text
 from support.errors import InputError
-from support.files import write_tensors
-from support.images import SUFFIXES, on_white
-from support.shards import read_table, shard_files
+from support.images import LARGEST, find_files, find_images, read_image
+from support.latents import Latents, latents_in
+from support.loader import load
+from support.shards import read_tables, shard_files, shards_in
 from support.streams import CROP, NOISE, ORDER, POSTERIOR, TIME, UNCOND, stream
-from support.weights import tensor_names
 
 
 class Scenes(Dataset):
@@ -54,13 +53,13 @@ class Scenes(Dataset):
 
 
 class Images(Dataset):
-    """Captioned images of any kind and size; a subclass knows where they are: `__len__`, `name_of` and `find`.
+    """Captioned images of any kind and size. A subclass knows where they are: `__len__`, `name_of` and `find`.
 
-    Each is turned upright (EXIF), made RGB (over white, where it is transparent), resized to `size` along its shorter
-    side and cropped to a square: in the middle, or with `augment` at a random place, and mirrored half of the time.
-    time_ids (6,) are SDXL's: height and width before that, top and left of the crop, height and width after.
-    An image that cannot be read, or has no caption, is named on stderr, and the next one takes its place; left_out
-    is how many that were. InputError when they are more than 5% of all (and more than 10).
+    Each is made RGB and upright, resized to `size` along its shorter side, and cropped to a square: in the middle, or
+    with `augment` at a random place, and half of the time mirrored. time_ids (6,) are SDXL's: height and width before
+    that, top and left of the crop, height and width after.
+    An image that cannot be read, or has no caption, is named on stderr, and the next one takes its place; `left_out` is
+    how many that were. Raises InputError when they are more than 10, and more than 5% of all.
     """
 
     endless = False
@@ -72,7 +71,7 @@ class Images(Dataset):
         return self.item(i, None)
 
     def item(self, i: int, rng: np.random.Generator | None) -> dict:
-        """Image i, cropped and mirrored by chance with `augment`."""
+        """Image i, with `augment` cropped and mirrored as `rng` says."""
         place = rng.random(3) if self.augment else (0.5, 0.5, 1.0)
         known = len(self.bad)
         for at in (j % len(self) for j in range(i, i + len(self))):
@@ -80,7 +79,7 @@ class Images(Dataset):
                 continue
             try:
                 return self.read(at, *place) | {"left_out": len(self.bad) - known}
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 self.bad.add(at)
                 print(f"notice: {self.name_of(at)} is left out: {error}", file=sys.stderr)
             if len(self.bad) > max(10, 0.05 * len(self)):
@@ -90,41 +89,37 @@ class Images(Dataset):
         )
 
     def read(self, i: int, down: float, right: float, mirror: float) -> dict:
-        file, caption, size = self.find(i)
-        caption = " ".join(caption.split())
-        if not caption:
-            raise ValueError("its caption is empty")
-        with Image.open(file) as image:
-            image = on_white(ImageOps.exif_transpose(image))
+        file, caption, original = self.find(i)
+        image = read_image(file, upright=True, on_white=True)
         width, height = image.size
         scale = self.size / min(width, height)
         image = image.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
+        if mirror < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         top, left = round(down * (image.height - self.size)), round(right * (image.width - self.size))
         pixels = np.array(image.crop((left, top, left + self.size, top + self.size)))
-        if mirror < 0.5:
-            pixels = pixels[:, ::-1].copy()
         return {
             "image": torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1,
-            "caption": caption,
-            "time_ids": torch.tensor([*(size or (height, width)), top, left, self.size, self.size]),
+            "caption": caption_of(caption),
+            "time_ids": torch.tensor([*(original or (height, width)), top, left, self.size, self.size]),
         }
 
 
 class Folder(Images):
-    """A folder tree of images, with captions in text files of the same names, or all in one `metadata.jsonl` whose
-    lines have `file_name` and `text`."""
+    """A folder tree of images. Their captions are in text files of the same names, or all in files `metadata.jsonl` or
+    `metadata.csv`; then what these list is used, and nothing else."""
 
     def __init__(self, folder: Path, size: int, augment: bool = False):
         super().__init__(size, augment)
         self.name = f"{folder}, {size} pixels"
-        index = folder / "metadata.jsonl"
-        if index.exists():
-            self.files, self.captions = read_index(index)
-        else:
-            self.files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-            self.captions = None  # read when needed: opening a million text files first takes long
-        if not self.files:
-            raise InputError(f"{folder} holds neither latents nor captioned images; check the path")
+        self.files, self.captions = find_images(folder), {}
+        for index in find_files(folder, ("metadata.jsonl", "metadata.csv").__contains__):
+            self.captions |= read_metadata(index)
+        if self.captions:
+            unlisted = len(set(self.files) - self.captions.keys())
+            if unlisted:
+                print(f"notice: {unlisted} images in {folder} are in no metadata file: left out", file=sys.stderr)
+            self.files = list(self.captions)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -132,9 +127,12 @@ class Folder(Images):
     def name_of(self, i: int) -> str:
         return str(self.files[i])
 
-    def find(self, i: int) -> tuple[Path, str, None]:
-        caption = self.captions[i] if self.captions else self.files[i].with_suffix(".txt").read_text(encoding="utf-8")
-        return self.files[i], caption, None
+    def find(self, i: int) -> tuple[Path, object, None]:
+        file = self.files[i]
+        if self.captions:
+            return file, self.captions[file], None
+        texts = [file.with_suffix(ending) for ending in (".txt", ".TXT", ".caption")]
+        return file, read_text(next(filter(Path.exists, texts), texts[0])), None
 
 
 class Shards(Images):
@@ -142,27 +140,14 @@ class Shards(Images):
     there the size that the image had before it was shrunk for the shard.
 
     `where`: a folder of tar files, a text file that lists them, or a pattern, "laion/{00000..00059}.tar" or
-    "laion/*.tar". At the start only the headers in the tars are read. A tar that was cut short is named on stderr and
-    used as far as it goes; InputError when there are more such than one, and than 5%.
+    "laion/*.tar". At the start, only the headers in the tars are read.
     """
 
     def __init__(self, where: Path, size: int, augment: bool = False, buffer: int = 10_000):
         super().__init__(size, augment)
         self.name, self.buffer = f"{where}, {size} pixels", buffer
-        self.files, tables, damaged = shard_files(where), [], []
-        quiet = rank_and_world()[0] > 0
-        for file in tqdm(self.files, desc="reading the shards' tables", leave=False, disable=quiet):
-            table, error = read_table(file)
-            tables.append(table)
-            if error:
-                damaged.append(file)
-                notice = f"notice: {file} is damaged, its first {len(table)} samples are used: {error}"
-                if not quiet:
-                    print(notice, file=sys.stderr)
-        if len(damaged) > max(1, 0.05 * len(self.files)):
-            raise InputError(
-                f"{len(damaged)} of {len(self.files)} shards are damaged, the last {damaged[-1]}; see above"
-            )
+        self.files = shard_files(where)
+        tables = read_tables(self.files)
         self.table = np.concatenate(tables)
         self.ends = np.cumsum([len(table) for table in tables])
         if not len(self.table):
@@ -184,77 +169,32 @@ class Shards(Images):
 
     def name_of(self, i: int) -> str:
         file = self.file_of(i)
-        at = int(self.table[i, 0])
         with open(file, "rb") as tar:
-            tar.seek(at - 512)  # the header in front of the image begins with its name
+            tar.seek(int(self.table[i, 0]) - 512)  # the header in front of the image begins with its name
             return f"{file}: {tar.read(100).rstrip(bytes(1)).decode(errors='replace')}"
 
-    def find(self, i: int) -> tuple[io.BytesIO, str, tuple[int, int] | None]:
+    def find(self, i: int) -> tuple[io.BytesIO, object, tuple[int, int] | None]:
+        parts = self.table[i].reshape(3, 2).tolist()
+        if max(size for _, size in parts) > LARGEST:
+            raise ValueError(f"it is larger than {LARGEST:,} bytes")
         with open(self.file_of(i), "rb") as tar:
-            image, text, facts = (
-                tar.seek(at) and tar.read(size) if at else None for at, size in self.table[i].reshape(3, 2).tolist()
-            )
-        facts = json.loads(facts) if facts else {}
+            image, text, facts = (tar.seek(at) and tar.read(size) if at else None for at, size in parts)
+        facts = json.loads(decode(facts)) if facts else {}
         if not isinstance(facts, dict):
             raise ValueError("its JSON file holds no object")
-        caption = text.decode() if text is not None else str(facts.get("caption") or "")
-        size = facts.get("original_height"), facts.get("original_width")
-        return io.BytesIO(image), caption, size if all(isinstance(n, int) for n in size) else None
-
-
-class Latents(Dataset):
-    """Images encoded beforehand: files with `mean` and `log_variance` (N, 4, h, w) of the VAE's distribution, not yet
-    scaled, the captions, each as a row of UTF-8 bytes in `captions` (N, L), filled up with zeros, and where they are
-    known the image sizes, `time_ids` (N, 6)."""
-
-    endless = False
-
-    def __init__(self, folder: Path):
-        self.files = sorted(folder.glob("*.safetensors"))
-        if not self.files:
-            raise InputError(f"{folder} holds no latents (*.safetensors); check the path")
-        self.parts = []
-        for file in self.files:
-            missing = {"mean", "log_variance", "captions"} - set(tensor_names(file))
-            if missing:
-                raise InputError(f"{file} holds no latents: {', '.join(sorted(missing))} missing")
-            with safe_open(file, framework="pt") as tensors:
-                self.parts.append({name: tensors.get_tensor(name) for name in tensors.keys()})
-        self.ends = np.cumsum([len(part["mean"]) for part in self.parts])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, i: int) -> dict:
-        part = int(np.searchsorted(self.ends, i, side="right"))
-        item = {name: tensor[i - self.ends[part]] for name, tensor in self.parts[part].items()}
-        caption = item.pop("captions").numpy().tobytes().rstrip(b"\0").decode()
-        return item | {"mean": item["mean"].float(), "log_variance": item["log_variance"].float(), "caption": caption}
+        caption = facts.get("caption") if text is None else decode(text)
+        original = facts.get("original_height"), facts.get("original_width")
+        return io.BytesIO(image), caption, original if all(isinstance(n, int) for n in original) else None
 
 
 def open_source(where: Path | None, size: int, augment: bool = False) -> Dataset:
     """What is there: cached latents, tar shards, or a folder of images; drawn scenes if nothing is named."""
-    if where is None:
-        return Scenes(seed=0)
-    if where.is_dir() and any(where.glob("*.safetensors")):
-        return Latents(where)
-    if where.is_dir() and not any(where.glob("*.tar")):
-        return Folder(where, size, augment)
-    return Shards(where, size, augment)
-
-
-def write_latents(
-    file: Path, mean: Tensor, log_variance: Tensor, captions: list[str], time_ids: Tensor | None = None
-) -> None:
-    """One file of `Latents`, whole or not at all."""
-    rows = [caption.encode() for caption in captions]
-    padded = np.zeros((len(rows), max(map(len, rows))), np.uint8)
-    for row, encoded in zip(padded, rows):
-        row[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    tensors = {"mean": mean.half(), "log_variance": log_variance.half(), "captions": torch.from_numpy(padded)}
-    if time_ids is not None:
-        tensors["time_ids"] = time_ids
-    write_tensors(file, tensors)
+    is_folder = where is not None and where.is_dir()
+    if where is None or is_folder and latents_in(where):
+        if augment:
+            raise InputError("--augment cannot change drawn scenes or latents, only images; leave it out")
+        return Latents(where) if where else Scenes(seed=0)
+    return Folder(where, size, augment) if is_folder and not shards_in(where) else Shards(where, size, augment)
 
 
 class Samples(Dataset):
@@ -299,19 +239,10 @@ class Samples(Dataset):
         }
 
 
-def batches(samples: Samples, first: int, count: int, size: int, rank: int, world: int, workers: int) -> DataLoader:
+def batches(samples: Samples, first: int, count: int, size: int, rank: int, world: int, workers: int) -> Iterator[dict]:
     """Batches number first, first + 1, ... of this process, `count` of them.
 
     Batch b of all processes together has the samples from b * world * size on; this one's share are `size` neighbors.
     """
     starts = range((first * world + rank) * size, ((first + count) * world + rank) * size, world * size)
-    numbers = [range(start, start + size) for start in starts]
-    return DataLoader(
-        samples, batch_sampler=numbers, num_workers=workers, worker_init_fn=leave_signals_alone,
-        pin_memory=torch.cuda.is_available(),  # from where a GPU fetches them beside its work
-    )  # fmt: skip
-
-
-def leave_signals_alone(worker: int) -> None:
-    for which in (signal.SIGINT, signal.SIGTERM):  # they reach the whole job; ending it is the trainer's affair
-        signal.signal(which, signal.SIG_IGN)
+    return load(samples, [range(start, start + size) for start in starts], workers)

@@ -9,21 +9,21 @@ Read `clip_text.py`, `unet.py` and `vae.py` before this file, `reflow.py` after 
 """
 
 import copy
-import os
-import shutil
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from clip_text import ClipText, ClipTextConfig, Tokenizer
 from support import layouts
 from support.bands import decode_in_bands
+from support.checks import check_buffers, check_fit, check_metadata, check_scheduler, is_perflow
 from support.errors import InputError
-from support.files import PICKLES, read_json, replace_folder, write_json, write_tensors
-from support.weights import assign, build, find_tensors, read_config, tensor_names
+from support.files import fingerprint, read_json, replaced, write_json, write_tensors
+from support.weights import assign, build, find_tensors, read_config, read_header, weight_files
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -64,7 +64,7 @@ class StableDiffusion:
     def windows(self) -> int | None:
         """Number of time windows of a flow; None for a diffusion model."""
         scheduler = self.configs["scheduler"]
-        return scheduler.get("num_time_windows", 4) if is_flow(scheduler) else None
+        return scheduler.get("num_time_windows", 4 if is_perflow(scheduler) else None)
 
     @property
     def prediction_type(self) -> str:
@@ -169,13 +169,23 @@ class StableDiffusion:
     def decode(self, latents: Tensor, low_memory: bool = False) -> Tensor:
         """Latents (B, 4, h, w) at the UNet's scale -> images (B, 3, H, W) in [-1, 1], fp32.
 
-        low_memory: and of an image, a few rows at a time (`support/bands.py`).
+        low_memory: and of an image, a few rows at a time (`support/bands.py`). A VAE that overflows is run again in
+        float32. Raises InputError where the latents are not finite.
         """
+        if not latents.isfinite().all():
+            raise InputError("the UNet's numbers are not finite; use --dtype float32, and look at the model's files")
         weight = self.vae.decoder.conv_in.weight
         scaled = latents.to(weight.device, weight.dtype) / self.vae.cfg.scaling_factor
         few = self.few_at_a_time(scaled, self.downscale)
         images = [decode_in_bands(self.vae, part) if low_memory else self.vae.decode(part) for part in few]
-        return torch.cat([image.float() for image in images]).clamp(-1, 1)
+        images = torch.cat([image.float() for image in images])
+        if images.isfinite().all():
+            return images.clamp(-1, 1)
+        if weight.dtype == torch.float32:
+            raise InputError("the VAE's numbers are not finite; fetch its files again")
+        print(f"notice: the VAE overflows in {weight.dtype}; it runs in float32 from now on", file=sys.stderr)
+        self.vae.float()
+        return self.decode(latents, low_memory)
 
     @staticmethod
     def few_at_a_time(batch: Tensor, downscale: int = 1) -> tuple[Tensor, ...]:
@@ -199,35 +209,34 @@ class StableDiffusion:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = torch.float32,
         tokenizer: str | Path | None = None,
+        variant: str | None = None,
     ) -> "StableDiffusion":
         """Load a model folder, or a single `.safetensors` file of SD1.5 or SDXL.
 
-        dtype None keeps that of the file. In float16, a VAE that overflows there is kept in float32.
-        tokenizer: folder of the tokenizer(s), instead of the model folder's own; single files need one.
+        dtype None keeps that of the file. In float16, a VAE that may overflow is kept in float32 (`force_upcast`).
+        tokenizer: folder of the tokenizer(s), instead of the model folder's own; single files need one. variant: of a
+        folder's weight files, as in `diffusion_pytorch_model.VARIANT.safetensors`.
         All networks come frozen and in eval mode. Raises InputError.
         """
         path = Path(path)
-        family = None if path.is_dir() else family_of(path)
-        configs, files = read_single_file(path, family) if family else read_folder(path, dtype)
+        family, configs, files = (read_folder if path.is_dir() else read_single_file)(path, dtype, variant)
+        check_scheduler(configs["scheduler"], path)
         networks = {}
         for name in files:
             network_class, config_class, _ = NETWORKS[name]
-            config = read_config(config_class, configs[name], f"{path}: {name} config")
-            try:
-                network = build(network_class, config)
-            except Exception as error:  # torch has many ways to say that a size is impossible
-                reason = str(error).partition("\n")[0]
-                raise InputError(f"{path}: {name} config: {reason}") from error
-            keys = network.state_dict().keys()
+            if name == "text_encoder_2":  # some folders leave out that it projects its sentence vector
+                configs[name]["architectures"] = ["CLIPTextModelWithProjection"]
+            where = f"{path}: {name} config"
+            networks[name] = build(network_class, read_config(config_class, configs[name], where), where)
+            keys, stored = networks[name].state_dict().keys(), files[name].keys()
             if family:
-                sources = layouts.sources_in_single_file(family, name, keys, files[name])
+                sources = layouts.sources_in_single_file(family, name, keys, stored)
             else:
-                sources = layouts.sources_in_folder(name, keys, files[name].keys())
-            kept = kept_dtype(dtype, configs[name])
-            assign(network, sources, files[name], device, kept, f"{path}: {name}")
-            networks[name] = network
+                sources = layouts.sources_in_folder(keys, stored)
+            kept = kept_dtype(dtype, name, configs[name])
+            assign(networks[name], sources, files[name], device, kept, f"{path}: {name}")
         tokenizers = load_tokenizers(Path(tokenizer or path), two="text_encoder_2" in networks)
-        check_fit(networks, tokenizers, configs, path)
+        check_fit(networks, tokenizers, path)
         return cls(networks, tokenizers, configs)
 
     def save(self, path: str | Path) -> None:
@@ -235,83 +244,84 @@ class StableDiffusion:
         path ends so. It appears whole or not at all."""
         path = Path(path).resolve()
         if path.suffix == ".safetensors":
-            return write_file(path, self.as_single_file(path))
+            return write_tensors(path, *layouts.single_file(self.networks, self.configs["scheduler"], path))
         empty = path.is_dir() and not any(path.iterdir())
         if path.exists() and not empty and not (path / "model_index.json").exists():
             raise InputError(f"{path} exists and is not a model folder; remove it, or choose another place")
-        aside = path.with_name(path.name + ".partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            for name, config in self.configs.items():
-                file = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}.get(name)
-                write_json(aside / (file or f"{name}/config.json"), config)
+        with replaced(path) as aside:
+            write_json(aside / "model_index.json", self.model_index())
+            write_json(aside / "scheduler/scheduler_config.json", self.configs["scheduler"])
             for name, network in self.networks.items():
-                file = aside / name / f"{NETWORKS[name][2]}.safetensors"
-                write_tensors(file, network.state_dict())
+                # transformers would keep float16, diffusers reads everything as float32: this keeps them together
+                as_float32 = {"dtype": "float32"} if name.startswith("text_encoder") else {}
+                write_json(aside / name / "config.json", self.configs[name] | as_float32)
+                write_tensors(aside / name / f"{NETWORKS[name][2]}.safetensors", network.state_dict())
             for tokenizer, folder in zip(self.tokenizers, ("tokenizer", "tokenizer_2")):
+                (aside / folder).mkdir()
                 for name, content in tokenizer.files.items():
-                    (aside / folder).mkdir(exist_ok=True)
                     (aside / folder / name).write_bytes(content)
-            replace_folder(aside, path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot write {path}: {error}") from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
 
-    def as_single_file(self, path: Path) -> dict[str, Tensor]:
-        """All tensors under their names in a single file. It tells no settings, so only official ones can be stored."""
-        family, tensors = "SDXL" if "text_encoder_2" in self.networks else "SD1.5", {}
-        for name, network in self.networks.items():
-            network_class, config_class, _ = NETWORKS[name]
-            official = read_config(config_class, layouts.OFFICIAL[family][name], name)
-            if shapes(build(network_class, official)) != shapes(network):
-                reason = f"the {name} is none of {family}; a single file cannot tell what it is"
-                raise InputError(f"{path}: {reason}: keep the folder")
-            tensors |= layouts.as_single_file(family, name, network.state_dict())
-        return tensors
+    def model_index(self) -> dict:
+        """Which library's class each part is of; parts that we do not read, such as a safety checker, are left out."""
+        ours = {*self.networks, "tokenizer", "tokenizer_2", "scheduler"}
+        index = {
+            name: [None, None] if isinstance(value, list) and name not in ours else value
+            for name, value in self.configs["model_index"].items()
+        }
+        if not is_perflow(self.configs["scheduler"]):
+            index["scheduler"] = ["diffusers", self.configs["scheduler"].get("_class_name", "DDIMScheduler")]
+        return index
 
-
-def shapes(network: nn.Module) -> dict[str, torch.Size]:
-    return {key: weight.shape for key, weight in network.state_dict().items()}
+    def fingerprint(self) -> str:
+        """Tells this model from every other: by all its weights, settings and tokenizers."""
+        weights = [w for network in self.networks.values() for w in network.state_dict().values()]
+        rest = json.dumps(self.configs, sort_keys=True).encode()
+        rest += b"".join(content for tokenizer in self.tokenizers for content in tokenizer.files.values())
+        return fingerprint(*weights, torch.frombuffer(bytearray(rest), dtype=torch.uint8))
 
 
-def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        write_tensors(path, tensors)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path}: {error}") from error
-
-
-def read_folder(path: Path, dtype: torch.dtype | None) -> tuple[dict[str, dict], dict[str, dict[str, Path]]]:
-    """Settings of a model folder's parts, and for each of its networks the file of every tensor."""
+def read_folder(
+    path: Path, dtype: torch.dtype | None, variant: str | None
+) -> tuple[None, dict[str, dict], dict[str, dict[str, Path]]]:
+    """(None, settings of a model folder's parts, for each of its networks the file of every tensor)."""
     configs = {"model_index": read_json(path / "model_index.json")}
     configs["scheduler"] = read_json(path / "scheduler/scheduler_config.json")
-    names = [name for name in NETWORKS if name != "text_encoder_2" or (configs["model_index"].get(name) or [None])[0]]
-    for name in names:
-        configs[name] = read_json(path / name / "config.json")
-    return configs, {
-        name: find_tensors(path / name, NETWORKS[name][2], kept_dtype(dtype, configs[name])) for name in names
-    }
+    names = [name for name in NETWORKS if name != "text_encoder_2" or any(configs["model_index"].get(name) or [])]
+    configs |= {name: read_json(path / name / "config.json") for name in names}
+    if variant and not any(variant in weight_files(path / name, NETWORKS[name][2]) for name in names):
+        raise InputError(f"{path} has no weights of variant {variant!r}; leave --variant out, or look at its files")
+    return (
+        None,
+        configs,
+        {
+            name: find_tensors(path / name, NETWORKS[name][2], kept_dtype(dtype, name, configs[name]), variant)
+            for name in names
+        },
+    )
 
 
-def kept_dtype(dtype: torch.dtype | None, config: dict) -> torch.dtype | None:
-    """The dtype that a network is kept in when `dtype` is asked for: a VAE that overflows float16 stays in float32."""
-    return torch.float32 if dtype == torch.float16 and config.get("force_upcast") else dtype
-
-
-def family_of(file: Path) -> str:
-    try:
-        return layouts.family_of(tensor_names(file))
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(f"{file}: {error}") from None
-
-
-def read_single_file(file: Path, family: str) -> tuple[dict[str, dict], dict[str, dict[str, Path]]]:
-    """The same of a single file, whose settings are the official ones of its family."""
-    names = tensor_names(file)
+def read_single_file(
+    file: Path, dtype: torch.dtype | None, variant: str | None
+) -> tuple[str, dict[str, dict], dict[str, dict[str, Path]]]:
+    """(family, settings, tensors) of a single file. Its settings are the official ones of its family; only a flow of
+    ours also holds those of its scheduler."""
+    names, metadata = read_header(file)
+    if variant:
+        raise InputError(f"{file} is a single file, which has no variants; leave --variant out")
+    family = layouts.family_of(names, file)
+    check_metadata(metadata, family, file)
+    configs = copy.deepcopy(layouts.OFFICIAL[family])
+    check_buffers(file, names, alphas_cumprod(configs["scheduler"]))
+    configs["scheduler"] |= layouts.scheduler_in(metadata, file)
     parts = layouts.PREFIXES[family].items()
-    files = {part: {name: file for name in names if name.startswith(prefix)} for part, prefix in parts}
-    return copy.deepcopy(layouts.OFFICIAL[family]), files
+    return family, configs, {part: {n: file for n in names if n.startswith(prefix)} for part, prefix in parts}
+
+
+def kept_dtype(dtype: torch.dtype | None, name: str, config: dict) -> torch.dtype | None:
+    """The dtype that a network is kept in when `dtype` is asked for. A VAE overflows in float16 unless its config
+    denies it: the official libraries take `force_upcast` for true where it is left out."""
+    overflows = name == "vae" and config.get("force_upcast") is not False
+    return torch.float32 if dtype == torch.float16 and overflows else dtype
 
 
 def load_tokenizers(path: Path, two: bool) -> list[Tokenizer]:
@@ -319,89 +329,44 @@ def load_tokenizers(path: Path, two: bool) -> list[Tokenizer]:
     if path.is_file():
         raise InputError(f"{path}: a single file holds no tokenizer; give the folder of one (tokenizer=, --tokenizer)")
     folder = path / "tokenizer" if (path / "tokenizer").is_dir() else path
-    try:
-        tokenizers = [Tokenizer.load(folder)]
-        if two and (path / "tokenizer_2").is_dir():
-            tokenizers.append(Tokenizer.load(path / "tokenizer_2"))
-        elif two:  # the second one is the same, but for its padding
-            tokenizers.append(Tokenizer.load(folder, pad_token="!"))
-    except (OSError, ValueError) as error:
-        raise InputError(str(error)) from None
-    return tokenizers
+    first = Tokenizer.load(folder)
+    if not two:
+        return [first]
+    if (path / "tokenizer_2").is_dir():
+        return [first, Tokenizer.load(path / "tokenizer_2")]
+    return [first, Tokenizer.load(folder, pad_token="!")]  # the second one is the same, but for its padding
 
 
-def check_fit(
-    networks: dict[str, nn.Module], tokenizers: list[Tokenizer], configs: dict[str, dict], path: Path
-) -> None:
-    """Raise InputError where the parts of a model do not fit together, or need code that is not here."""
-    for tokenizer, name in zip(tokenizers, ("text_encoder", "text_encoder_2")):
-        tokens, rows = tokenizer.bpe.get_vocab_size(), networks[name].cfg.vocab_size
-        if tokens != rows:  # its ids would be other words to the text encoder
-            raise InputError(f"{path}: the tokenizer knows {tokens} tokens, the {name} {rows}; they do not fit")
-    text_width = sum(networks[name].cfg.hidden_size for name in networks if name.startswith("text_encoder"))
-    unet, vae = networks["unet"].cfg, networks["vae"].cfg
-    if unet.cross_attention_dim != text_width:
-        raise InputError(f"{path}: the UNet expects text of width {unet.cross_attention_dim}, not {text_width}")
-    if not unet.in_channels == unet.out_channels == vae.latent_channels:
-        raise InputError(
-            f"{path}: the UNet maps {unet.in_channels} channels to {unet.out_channels}, the latents have "
-            f"{vae.latent_channels}; only text-to-image models are supported, not inpainting or editing ones"
-        )
-    scheduler = configs["scheduler"]
-    known = ("ddim_eps", "diff_eps") if is_perflow(scheduler) else ("epsilon",)
-    for name, values in {
-        "prediction_type": known, "beta_schedule": ("scaled_linear",), "num_train_timesteps": (1000,),
-        "trained_betas": (None,), "rescale_betas_zero_snr": (False, None),
-    }.items():  # fmt: skip
-        if scheduler.get(name, values[0]) not in values:
-            raise InputError(f"{path}: scheduler {name} = {scheduler[name]!r} is not supported, only {values[0]!r}")
-    for name, least, most in ("num_time_windows", 1, 1000), ("beta_start", 0, 1), ("beta_end", 0, 1):
-        value = scheduler.get(name, most)
-        if not isinstance(value, int | float) or not least <= value <= most:
-            raise InputError(f"{path}: scheduler {name} = {value!r} is not a number from {least} to {most}")
-
-
-def is_flow(scheduler: dict) -> bool:
-    return is_perflow(scheduler) or "num_time_windows" in scheduler
-
-
-def is_perflow(scheduler: dict) -> bool:
-    """Whether a flow was published by PeRFlow, whose networks take tau itself as their index."""
-    return scheduler.get("_class_name") == "PeRFlowScheduler"
-
-
-def flow_scheduler(teacher: StableDiffusion, windows: int, guidance: float = 1.0) -> dict:
+def flow_scheduler(
+    teacher: StableDiffusion, windows: int, guidance: float = 1.0, prediction_type: str = "epsilon"
+) -> dict:
     """The scheduler settings of a flow trained from `teacher`: plain DDIM with trailing spacing, one step a window, and
-    the number of windows. PeRFlow's flows stay PeRFlow's. guidance: that the teacher's trajectories had."""
-    scheduler = teacher.configs["scheduler"] | {"num_time_windows": windows}
-    if not is_perflow(scheduler):
-        scheduler |= {"_class_name": "DDIMScheduler", "prediction_type": "epsilon", "timestep_spacing": "trailing"}
-        scheduler |= {"clip_sample": False, "set_alpha_to_one": False}
-    return scheduler | ({} if guidance == 1 else {"trained_guidance": guidance})
+    the number of windows. PeRFlow's flows stay PeRFlow's, and "ddim_eps" or "diff_eps" make one.
+
+    guidance: that the teacher's trajectories had.
+    """
+    before = teacher.configs["scheduler"]
+    if prediction_type != "epsilon":
+        scheduler = layouts.SCHEDULER | {"_class_name": "PeRFlowScheduler", "prediction_type": prediction_type}
+    elif is_perflow(before):
+        scheduler = before
+    else:
+        scheduler = layouts.SCHEDULER | {"timestep_spacing": "trailing"}
+    learned = {"trained_guidance": guidance} if guidance != 1 else {}
+    kept = {name: before[name] for name in before if name == "trained_guidance"}
+    return scheduler | {"num_time_windows": windows} | kept | learned
 
 
-def save_flow(unet: UNet, scheduler: dict, base: Path, out: Path, dtype: torch.dtype) -> None:
-    """Write a flow as a complete model folder: a new UNet and scheduler, and all other parts of `base`, hard-linked
-    where the file system can. It appears whole or not at all."""
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    parts = [name for name in read_json(base / "model_index.json") if (base / name).is_dir()]
-    files = [file for part in parts for file in sorted((base / part).rglob("*")) if file.is_file()]
-    for file in [base / "model_index.json", *files]:
-        new = aside / file.relative_to(base)
-        weights_of_unet = file.parent == base / "unet" and file.name != "config.json"
-        if file.suffix in PICKLES or weights_of_unet:
-            continue
-        new.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(file.resolve(), new)
-        except OSError:
-            shutil.copyfile(file, new)
-    (aside / "scheduler/scheduler_config.json").unlink()  # else the link's other end would change, too
-    write_json(aside / "scheduler/scheduler_config.json", scheduler)
-    weights = {name: weight.to(dtype) for name, weight in unet.state_dict().items()}
-    write_tensors(aside / f"unet/{NETWORKS['unet'][2]}.safetensors", weights)
-    replace_folder(aside, out)
+def save_flow(unet: UNet, scheduler: dict, base: StableDiffusion, out: Path, dtype: torch.dtype) -> None:
+    """Write a flow as a complete model folder: this UNet and scheduler, and all other parts of `base`.
+
+    They are copies, so that nothing done to the base's files changes the flow later. On disk, a flow takes 2.5 GB for
+    SD1.5 and 8.8 GB for SDXL, of which the copied parts in float32 are 0.8 GB and 3.6 GB.
+    """
+    half = build(UNet, unet.cfg)
+    half.load_state_dict({name: weight.detach().to(dtype) for name, weight in unet.state_dict().items()}, assign=True)
+    networks, configs = base.networks | {"unet": half}, base.configs | {"scheduler": scheduler}
+    StableDiffusion(networks, base.tokenizers, configs).save(out)
 
 
 def alphas_cumprod(scheduler: dict) -> Tensor:

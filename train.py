@@ -9,7 +9,7 @@
 A step: draw latents, noise and times (`data.py`); let the teacher solve each sample's window; show the student a point
 of the straight line between the window's ends (`reflow.py`); penalize the error of its predicted velocity (`loss.py`).
 The result is a complete model folder, OUT/stage-K, for sample.py, the next stage, or diffusers. OUT/stage-K-run has
-checkpoints, log.jsonl and sample sheets (`support/runs.py`). Read `data.py`, `reflow.py` and `loss.py` before this file.
+checkpoints, log.jsonl and sample sheets (`support/runs.py`). Read `data.py`, `reflow.py` and `loss.py` first.
 
 Shapes: B batch, z latents (B, 4, h, w), tau times (B,), grid (steps + 1, B), v velocities like z.
 """
@@ -18,7 +18,7 @@ import argparse
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -26,18 +26,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Dataset
 
 import data
 import reflow
 from loss import decomposed_velocity_loss
-from model import MINIATURE, StableDiffusion, flow_scheduler, save_flow
+from model import MINIATURE, StableDiffusion, flow_scheduler, is_perflow, save_flow
+from support import runs
 from support.captions import read_prompts
 from support.devices import Process
-from support.errors import InputError, one_line_errors
-from support.files import fingerprint, make_folder, read_json
+from support.errors import InputError, Parser, at_least_0, count, one_line_errors, positive, positive_int, seed
+from support.files import fingerprint, read_json
 from support.images import image_grid, to_pixels, write_png
-from support.runs import Log, Stop, checkpoints, load_checkpoint, save_checkpoint
+from support.signals import Stop
 from support.streams import draw_noise
 from unet import ResnetBlock, Transformer, UNet
 
@@ -108,13 +108,16 @@ def compute_loss(
     return decomposed_velocity_loss(velocity(z_t, batch["tau"]), v, alpha)
 
 
-def solver_steps(sd: StableDiffusion, windows: int) -> int:
+def solver_steps(sd: StableDiffusion, windows: int, steps: int | None = None) -> int:
     """Teacher steps in each window of the student: a diffusion model's share of 32, one for each window of a flow."""
     whole = sd.windows or TEACHER_STEPS
     if sd.windows == windows or whole % windows:
         kind = f"a flow of {whole} windows" if sd.windows else f"{whole} teacher steps"
         raise InputError(f"{kind} cannot be merged into {windows} windows; take a smaller divisor of {whole}")
-    return whole // windows
+    share = whole // windows
+    if steps and (steps * windows > reflow.NOISE or sd.windows and steps % share):
+        raise InputError(f"--solver-steps {steps} must be a multiple of {share}, at most {reflow.NOISE // windows}")
+    return steps or share
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -125,7 +128,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 @torch.no_grad()
 def update_ema(ema: UNet, student: UNet, step: int, decay: float) -> None:
-    """Exponential moving average of the weights. The decay is smaller early on, so the initial weights do not dominate."""
+    """Exponential moving average. The decay is smaller early on, so the initial weights do not dominate."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - decay)
 
@@ -145,6 +148,7 @@ def settle(args: argparse.Namespace) -> None:
     if args.stage is None and not (args.windows and args.teacher):
         raise InputError("name a --stage; or, for a stage of your own, --windows and --teacher")
     args.name = args.name or (f"stage-{args.stage}" if args.stage else f"windows-{args.windows}")
+    args.run, args.result = args.out / f"{args.name}-run", args.out / args.name
     args.windows = args.windows or STAGES[args.stage]
     before = args.out / f"stage-{args.stage - 1}" if args.stage else None
     args.teacher = args.teacher or (args.model or MINIATURE if args.stage == 1 else before)
@@ -165,14 +169,17 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[Stabl
     """The teacher with all its parts, frozen, in the low precision of the device; and the student's UNet, in fp32."""
     low = torch.float32 if device.type == "cpu" else torch.bfloat16
     teacher = StableDiffusion.load(args.teacher, device, low)
-    # Weights are views of the mapped file until they are used: of this second model, just two parts take memory.
-    stored = StableDiffusion.load(args.student, "cpu", None)
-    teacher.vae = stored.vae.to(device, torch.float32)  # its rounding errors would be in every target
-    return teacher, stored.unet.to(device, torch.float32).requires_grad_(True)
+    # Weights are views of the mapped file until they are used: of these two, just one part each takes memory.
+    exact, student = (StableDiffusion.load(path, "cpu", None) for path in (args.teacher, args.student))
+    kinds = [(sd.unet.cfg, sd.prediction_type, is_perflow(sd.configs["scheduler"])) for sd in (exact, student)]
+    if kinds[0] != kinds[1]:
+        raise InputError(f"the student {args.student} is not built as the teacher {args.teacher}; choose another")
+    teacher.vae = exact.vae.to(device, torch.float32)  # its rounding errors would be in every target
+    return teacher, student.unet.to(device, torch.float32).requires_grad_(True)
 
 
-def source_of(args: argparse.Namespace, sd: StableDiffusion) -> tuple[Dataset, tuple[int, ...]]:
-    """The data to train on, and the shape of its latents. Latents keep their size; images get the model's."""
+def samples_of(args: argparse.Namespace, sd: StableDiffusion) -> data.Samples:
+    """The data to train on. Latents keep their size; images get the model's."""
     size = sd.image_size()
     source = data.open_source(args.data, size, args.augment)
     latent = sd.unet.cfg.in_channels, size // sd.downscale, size // sd.downscale
@@ -182,15 +189,25 @@ def source_of(args: argparse.Namespace, sd: StableDiffusion) -> tuple[Dataset, t
         if note.exists() and read_json(note).get("vae") != vae:
             raise InputError(f"{args.data} holds latents of another VAE; make them with this model: tools.cache")
         latent = tuple(source[0]["mean"].shape)
-    return source, latent
+    return data.Samples(source, args.seed, latent, args.windows, args.starts)
 
 
-def batches_from(start: int, args: argparse.Namespace, teacher: StableDiffusion, process: Process) -> Iterator[dict]:
-    """The batches of this process from update `start` on, `accumulate` to an update."""
-    source, latent = source_of(args, teacher)
-    samples = data.Samples(source, args.seed, latent, args.windows, args.starts)
-    first, count = start * args.accumulate, (args.iters - start) * args.accumulate
-    return iter(data.batches(samples, first, count, args.batch_size, process.rank, process.world, args.workers))
+def begin(args: argparse.Namespace, process: Process) -> tuple:
+    """What training needs, from the last checkpoint if there is one: (teacher, parts, samples, settings, start)."""
+    settle(args)
+    if process.rank == 0:
+        runs.claim(args)
+    teacher, student = load_networks(args, process.device)
+    args.solver_steps = solver_steps(teacher, args.windows, args.solver_steps)
+    samples = samples_of(args, teacher)
+    ema = copy.deepcopy(student).requires_grad_(False)
+    adam = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "fused": process.device.type == "cuda"}
+    optimizer = torch.optim.AdamW(student.parameters(), args.lr, **adam)
+    parts = {"student": student, "ema": ema, "optimizer": optimizer}
+    settings = {name: getattr(args, name) for name in runs.KEPT} | {"iters": args.iters if args.cooldown else "any"}
+    settings |= {name: runs.weights_in(getattr(args, name)) for name in ("teacher", "student")}
+    settings |= {"data": runs.samples_in(samples.source), "batch": args.batch_size * args.accumulate * process.world}
+    return teacher, parts, samples, settings, runs.load_checkpoint(args.run, parts, settings)
 
 
 @torch.no_grad()
@@ -198,60 +215,51 @@ def draw_sheet(teacher: StableDiffusion, ema: UNet, args: argparse.Namespace, fi
     """The same images every time, by the student as it is now, in one step per window or four steps."""
     prompts, size = read_prompts(PROMPTS)[:16], teacher.image_size()
     latent = teacher.unet.cfg.in_channels, size // teacher.downscale, size // teacher.downscale
-    sheet = []
+    uncond, guidance_scale, images = teacher.conditions([""], size, size), teacher.guidance_or_none(4.0), []
     with torch.autocast(teacher.device.type, torch.bfloat16, enabled=teacher.device.type != "cpu"):
-        for i, prompt in enumerate(prompts):
-            uncond = teacher.conditions([""], size, size)
-            guidance_scale = teacher.guidance_or_none(4.0)
-            epsilon = teacher.epsilon(teacher.conditions([prompt], size, size), guidance_scale, uncond, unet=ema)
+        for i in range(0, len(prompts), 4):
+            conditions = teacher.conditions(prompts[i : i + 4], size, size)
+            epsilon = teacher.epsilon(conditions, guidance_scale, uncond, unet=ema)
             velocity = reflow.as_velocity(epsilon, teacher.alphas_cumprod, args.windows, teacher.prediction_type)
-            z = draw_noise(0, [i], latent).to(teacher.device)
+            z = draw_noise(0, range(i, i + 4), latent).to(teacher.device)
             z = reflow.euler(velocity, z, reflow.sampling_grid(max(args.windows, 4), args.windows))
-            sheet += list(to_pixels(teacher.decode(z)))
-    write_png(image_grid(sheet, prompts, 8), file)
+            images += list(to_pixels(teacher.decode(z)))
+    write_png(image_grid(images, prompts, 8), file)
 
 
-def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory, guidance: float = 1.0) -> None:
-    """Train one stage. trajectory: what is learned, instead of the paper's; guidance: that it holds."""
-    settle(args)
+def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> None:
+    """Train one stage. trajectory: what is learned, instead of the paper's."""
     process = Process.start(args.device)
-    folder, result = args.out / f"{args.name}-run", args.out / args.name
-    if process.rank == 0:
-        make_folder(folder)
-    if checkpoints(folder) and not args.resume:
-        raise InputError(f"{checkpoints(folder)[-1]} is there already; go on with --resume, or choose another --out")
-
-    teacher, student = load_networks(args, process.device)
-    args.solver_steps = args.solver_steps or solver_steps(teacher, args.windows)
-    ema = copy.deepcopy(student).requires_grad_(False)
-    optimizer = torch.optim.AdamW(student.parameters(), args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
-    parts = {"student": student, "ema": ema, "optimizer": optimizer}
-    settings = {name: str(getattr(args, name)) for name in KEPT} | {"processes": str(process.world)}
-    start = load_checkpoint(folder, parts, settings, process.device)
+    teacher, parts, samples, settings, start = runs.together(process, lambda: begin(args, process))
+    runs.together(process, lambda: runs.same_as_first(process, settings | {"checkpoint": start}, args))
+    student, ema, optimizer = parts.values()
+    save = functools.partial(runs.save_checkpoint, process, args.run, parts, settings)
     if args.recompute:
         checkpoint_activations(student)
     if args.compile:
         student.compile()
         teacher.unet.compile()
-    network = student if process.world == 1 else DistributedDataParallel(student)
-    low_precision = torch.autocast(process.device.type, torch.bfloat16, enabled=process.device.type != "cpu")
-
-    batches = batches_from(start, args, teacher, process)
-    log = Log(folder, start, args, quiet=process.rank > 0)
-    stop = Stop()
-    with closing(log.bar):  # so that what is said after an error has a line of its own
+    network = student if process.world == 1 else DistributedDataParallel(student, gradient_as_bucket_view=True)
+    log = runs.Log(args, start, quiet=process.rank > 0)
+    with Stop() as stop, closing(log.bar):  # so that what is said after an error has a line of its own
+        first, number = start * args.accumulate, (args.iters - start) * args.accumulate
+        batches = iter(data.batches(samples, first, number, args.batch_size, process.rank, process.world, args.workers))
         for step in range(start, args.iters):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
-            numbers, left_out = torch.zeros(6, device=process.device), 0
+            numbers, left_out = torch.zeros(4, device=process.device), 0
             for part in range(args.accumulate):
-                items = next(batches)
+                items = stop.next(batches)
+                if any(process.gather(items is None)):
+                    save(step)
+                    process.end()
+                    raise KeyboardInterrupt
                 left_out += int(items.pop("left_out", torch.zeros(1)).sum())
                 batch = prepare(teacher, items, process.device)
                 # Gradients travel between processes once, with the last part.
                 wait = process.world > 1 and part < args.accumulate - 1
                 with network.no_sync() if wait else nullcontext():
-                    with low_precision:
+                    with torch.autocast(process.device.type, torch.bfloat16, enabled=process.device.type != "cpu"):
                         with torch.no_grad():
                             path = trajectory(teacher, ema, batch, args)
                         loss, both = compute_loss(network, teacher, batch, path, args.windows, args.alpha)
@@ -259,10 +267,10 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory, gui
                 numbers[:3] += torch.stack([loss.detach(), both["mse"], both["cos"]]) / args.accumulate
             # Gradients are already averaged, so every rank sees the same norm.
             numbers[3] = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            numbers[4], numbers[5] = stop.asked, left_out
-            loss, mse, cos, norm, stopping, left_out = process.mean(numbers).tolist()  # here alone a GPU is waited for
+            everyone = process.gather([*numbers.tolist(), left_out])  # tolist: here alone a GPU is waited for
+            loss, mse, cos, norm, left_out = (sum(column) / process.world for column in zip(*everyone))
             if not math.isfinite(norm):
-                report_divergence(step, numbers[0], process, folder)
+                runs.report_divergence(step + 1, [numbers[0] for numbers in everyone], args.run)
             optimizer.step()
             optimizer.zero_grad()
             update_ema(ema, student, step, args.ema)
@@ -270,65 +278,49 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory, gui
             log.add(step + 1, shown | {"left_out": left_out * process.world})
 
             done = step + 1
-            if process.rank == 0 and (done == args.iters or stopping or done % args.save_every == 0):
-                save_checkpoint(folder, done, parts, settings)
+            if done == args.iters or done % args.save_every == 0:
+                save(done)
             if process.rank == 0 and args.sample_every and (done == args.iters or done % args.sample_every == 0):
-                draw_sheet(teacher, ema, args, folder / f"sheet-{done:07d}.png")
-            if stopping and done < args.iters:
-                raise KeyboardInterrupt
-    stop.restore()
+                draw_sheet(teacher, ema, args, args.run / f"sheet-{done:07d}.png")
     if process.rank == 0:
-        save_flow(ema, flow_scheduler(teacher, args.windows, guidance), args.teacher, result, torch.float16)
-        print(f"{result} is ready: python sample.py --model {result} --steps {max(args.windows, 4)} --prompt ...")
+        scheduler = flow_scheduler(teacher, args.windows, args.teacher_guidance)
+        with runs.recorded(args):
+            save_flow(ema, scheduler, StableDiffusion.load(args.teacher, "cpu", None), args.result, torch.float16)
     process.end()
 
 
-def report_divergence(step: int, loss: Tensor, process: Process, folder: Path) -> None:
-    """Stop, in all processes, before the weights are touched."""
-    bad = torch.zeros(process.world, device=process.device)
-    bad[process.rank] = not loss.isfinite()
-    ranks = (process.mean(bad) > 0).nonzero().flatten().tolist()
-    where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "the gradient"
-    good = checkpoints(folder)[-1] if checkpoints(folder) else "none was written yet"
-    raise InputError(f"{where} is not finite in update {step + 1}; last good checkpoint: {good}. Try a lower --lr")
-
-
-# What a resumed run must have in common with the interrupted one.
-KEPT = "teacher student windows alpha batch_size accumulate solver_steps lr warmup starts cooldown ema seed data iters"
-KEPT = (*KEPT.split(), "augment")
-
-
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     paper = parser.add_argument_group("the paper's")
     paper.add_argument("--stage", type=int, choices=STAGES, help="8, 4, 2 or 1 windows, taught by the stage before")
-    paper.add_argument("--windows", type=int, help="this number of windows instead; needs --teacher")
+    paper.add_argument("--windows", type=positive_int, help="this number of windows instead; needs --teacher")
     paper.add_argument("--model", type=Path, help="stage 1: the diffusion model's folder; default: the miniature")
     paper.add_argument("--teacher", type=Path, help="whose trajectories are learned; default: the stage before")
     paper.add_argument("--data", type=Path, help="latents, captioned images or 'DIR/*.tar'; default: drawn scenes")
     paper.add_argument("--out", type=Path, default=Path("out/train"), help="folder of all stages")
-    paper.add_argument("--alpha", type=float, default=0.1, help="weight of the direction term; 0: plain squared error")
-    paper.add_argument("--iters", type=int, help="updates; default: by model, as the next two")
-    paper.add_argument("--batch-size", type=int, help="samples per process and forward pass")
-    paper.add_argument("--lr", type=float, help="learning rate, after the warm-up")
-    paper.add_argument("--seed", type=int, default=0, help="of data order, noise and times")
+    paper.add_argument("--alpha", type=at_least_0, default=0.1, help="weight of the direction term; 0: squared error")
+    paper.add_argument("--iters", type=positive_int, help="updates; default: by model, as the next two")
+    paper.add_argument("--batch-size", type=positive_int, help="samples per process and forward pass")
+    paper.add_argument("--lr", type=positive, help="learning rate, after the warm-up")
+    paper.add_argument("--seed", type=seed, default=0, help="of data order, noise and times")
     machine = parser.add_argument_group("the machine's")
-    machine.add_argument("--accumulate", type=int, default=1, help="forward passes per update")
-    machine.add_argument("--workers", type=int, default=0, help="processes that read data")
-    machine.add_argument("--save-every", type=int, default=500, help="updates between checkpoints")
-    machine.add_argument("--sample-every", type=int, default=1000, help="updates between sample sheets; 0: none")
-    machine.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    machine.add_argument("--accumulate", type=positive_int, default=1, help="forward passes per update")
+    machine.add_argument("--workers", type=count, default=0, help="processes that read data")
+    machine.add_argument("--save-every", type=positive_int, default=500, help="updates between checkpoints")
+    machine.add_argument("--sample-every", type=count, default=1000, help="updates between sample sheets; 0: none")
+    machine.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     machine.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, more time")
     machine.add_argument("--compile", action="store_true", help="torch.compile both networks: slow start, then faster")
     machine.add_argument("--device", help="cpu, cuda, ...; default: this process's GPU if there is one")
     ours = parser.add_argument_group("not the paper's (more: python -m paper.variants)")
     ours.add_argument("--augment", action="store_true", help="crop images at random places, mirror half of them")
     # Set by paper/variants.py alone, or by DEFAULTS.
-    parser.set_defaults(name=None, student=None, solver_steps=None, warmup=None, ema=None, starts=None, cooldown=None)
+    variants = dict.fromkeys(["name", "student", "solver_steps", "warmup", "ema", "starts", "cooldown"])
+    parser.set_defaults(**variants, own_starts=0.0, teacher_guidance=1.0)
     return parser
 
 
-def main(parser: argparse.ArgumentParser, start: Callable[[argparse.Namespace], None]) -> None:
+def main(parser: Parser, start: Callable[[argparse.Namespace], None]) -> None:
     with one_line_errors(parser, "stopped; the same command with --resume goes on from the last checkpoint"):
         start(parser.parse_args())
 

@@ -50,7 +50,8 @@ class UNetConfig:
         "dual_cross_attention": False, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1,
         "mid_block_type": "UNetMidBlock2DCrossAttn", "only_cross_attention": False, "resnet_out_scale_factor": 1.0,
         "resnet_skip_time_act": False, "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
-        "upcast_attention": False, "addition_embed_type_num_heads": 64,
+        "upcast_attention": False, "addition_embed_type_num_heads": 64, "decay": ..., "min_decay": ...,
+        "inv_gamma": ..., "power": ..., "optimization_step": ..., "update_after_step": ..., "use_ema_warmup": ...,
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -61,6 +62,9 @@ class UNetConfig:
         for name in "attention_head_dim", "transformer_layers_per_block", "down_block_types", "up_block_types":
             if len(getattr(self, name)) != levels:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, block_out_channels has {levels}")
+        for width, heads in zip(self.block_out_channels, self.attention_head_dim):
+            if width % heads:
+                raise ValueError(f"block_out_channels: {width} cannot be divided among {heads} heads")
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:

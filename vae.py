@@ -30,7 +30,7 @@ class VAEConfig:
     latent_channels: int = 4
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215  # brings the latents to about unit variance before diffusion
-    force_upcast: bool = False  # its activations overflow float16: keep this network in float32
+    force_upcast: bool = True  # its activations overflow float16: keep this network in float32
     sample_size: int | list[int] = 512
 
     # What a config may say, beside the fields above and null: other values would need code that is not here.

@@ -6,7 +6,7 @@ Guided trajectories (Meng et al. 2023, "On distillation of guided diffusion mode
 so the flow is sampled without, at half the evaluations. PeRFlow trains its SDXL so, and Rectified Diffusion its phased
 flows. Own starts: noised images are where sampling meets a window only if trajectories lead to such images. Those with
 guidance do not, nor do those with the student's errors so far. So a share of samples starts where the student's own
-trajectory from noise leads, and the teacher's solution from there corrects it (as in DMD2, Yin et al. 2024, section 4.5;
+trajectory from noise leads, and the teacher's solution from there corrects it (as in DMD2, Yin et al. 2024, 4.5;
 FlowSteer, arXiv 2511.18834, starts on the teacher's). Read `train.py` first: all else is as there.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 import reflow
 import train
 from model import StableDiffusion
+from support.errors import at_least_0, count, positive_int, share
 from unet import UNet
 
 
@@ -60,14 +61,14 @@ def main() -> None:
     ours = parser.add_argument_group("not the paper's, either")
     ours.add_argument("--name", help="name of the result in --out; default: stage-K or windows-K")
     ours.add_argument("--student", type=Path, help="the student starts from this model's weights, not the teacher's")
-    ours.add_argument("--teacher-guidance", type=float, default=1.0, help="of the trajectories; 1: none, the paper's")
-    ours.add_argument("--own-starts", type=float, default=0.0, help="share of samples on the student's trajectory")
-    ours.add_argument("--starts", type=float, help="share of times at their window's start; 0: even times, the paper's")
-    ours.add_argument("--solver-steps", type=int, help="teacher's steps per window; default: its share of 32")
-    ours.add_argument("--warmup", type=int, help="updates until the learning rate is reached; default: by model")
-    ours.add_argument("--cooldown", type=float, help="share of updates, at the end, in which it falls to zero")
-    ours.add_argument("--ema", type=float, help="decay of the moving average of the weights; default: by model")
-    train.main(parser, lambda args: train.run(args, trajectory, args.teacher_guidance))
+    ours.add_argument("--teacher-guidance", type=at_least_0, help="of the trajectories; default: 1, none, the paper's")
+    ours.add_argument("--own-starts", type=share, help="share of samples on the student's trajectory; default: 0")
+    ours.add_argument("--starts", type=share, help="share of times at their window's start; 0: even times, the paper's")
+    ours.add_argument("--solver-steps", type=positive_int, help="teacher's steps per window; default: its share of 32")
+    ours.add_argument("--warmup", type=count, help="updates until the learning rate is reached; default: by model")
+    ours.add_argument("--cooldown", type=share, help="share of updates, at the end, in which it falls to zero")
+    ours.add_argument("--ema", type=share, help="decay of the moving average of the weights; default: by model")
+    train.main(parser, lambda args: train.run(args, trajectory))
 
 
 if __name__ == "__main__":

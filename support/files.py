@@ -1,13 +1,15 @@
 """Reading and writing files: JSON, text, tensors, folders. What is written appears whole or not at all."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,7 +20,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin with a mark
         if not isinstance(content, dict):
             raise ValueError("no names and values in braces")
         return content
@@ -29,55 +31,81 @@ def read_json(path: Path) -> dict:
 
 
 def refuse_pickle(path: Path) -> None:
-    raise InputError(
-        f"{path} is a pickle, which can run any code when it is opened; get the .safetensors file of the same model"
-    )
+    raise InputError(f"{path} is a pickle, which can run any code when opened; get the model's .safetensors file")
 
 
 def listed(names: list[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file that other libraries read, too. It appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Write a file or folder whole or not at all: yields where to write it, and moves it to `path` at the end.
+
+    Raises InputError where it cannot be written, for example on a full disk.
+    """
     aside = path.with_name(path.name + ".partial")
     try:
-        # transformers reads a weight file only if its metadata says which framework wrote it
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, {"format": "pt"})
-        umask = os.umask(0)
-        os.umask(umask)
-        aside.chmod(0o666 & ~umask)  # the library makes files that only their owner can read
-        aside.replace(path)
+        remove(aside)  # of a process that was killed
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        replace_folder(aside, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {error}; make room, or choose another place") from None
     finally:
-        aside.unlink(missing_ok=True)
+        remove(aside)
 
 
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def replace_folder(aside: Path, path: Path) -> None:
+    """Move a finished file or folder to `path`, where an older one may be, as soon as all of it is on disk."""
+    for part in [aside, *aside.rglob("*")]:
+        sync(part)
+    if path.is_dir() and aside.is_dir():  # a rename replaces a file, but not a folder that holds something
+        old = Path(tempfile.mkdtemp(prefix=f"{path.name}.old-", dir=path.parent))
+        path.rename(old / path.name)
+        aside.rename(path)
+        remove(old)
+    else:
+        aside.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    os.fsync(number)
+    os.close(number)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    aside = path.with_suffix(".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    with replaced(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that other libraries read, too."""
+    with replaced(path) as aside:
+        aside.touch()
+        mode = aside.stat().st_mode
+        # transformers reads a weight file only if its metadata says which framework wrote it
+        save_file({name: w.contiguous() for name, w in tensors.items()}, aside, {"format": "pt"} | (metadata or {}))
+        aside.chmod(mode)  # the library makes files that only their owner can read
 
 
 def write_between(path: Path, marks: tuple[str, str], text: str) -> None:
     """Replace what stands between two marks in a text file."""
     before, rest = path.read_text(encoding="utf-8").split(marks[0])
     write_text(path, before + marks[0] + text + marks[1] + rest.split(marks[1])[1])
-
-
-def replace_folder(aside: Path, path: Path) -> None:
-    """Move a finished folder into its place, where an older one may be."""
-    old = Path(tempfile.mkdtemp(prefix=f"{path.name}.old-", dir=path.parent))
-    if path.exists():
-        path.rename(old / path.name)
-    aside.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def make_folder(folder: Path) -> None:
@@ -93,4 +121,21 @@ def make_folder(folder: Path) -> None:
 
 def fingerprint(*weights: Tensor) -> str:
     """Tells a network from another of the same name, such as itself before it was trained on."""
-    return hashlib.sha256(b"".join(w.detach().float().cpu().numpy().tobytes() for w in weights)).hexdigest()[:12]
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def version_of(*paths: Path) -> str:
+    """Changes whenever a file of the model does: hashes names, sizes and times, and the content of small files. Reading
+    gigabytes of weights at every start would take longer than drawing."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                about = file.stat()
+                small = about.st_size < 2**20
+                told = file.read_bytes() if small else str(about.st_mtime_ns).encode()
+                digest.update(f"{file.name} {about.st_size} ".encode() + told)
+    return digest.hexdigest()[:12]

@@ -1,12 +1,11 @@
-"""The network that FID looks with: Inception v3 as TensorFlow published it in 2015 (Szegedy et al. 2015, "Rethinking
-the Inception Architecture", section 6).
-
-It is not the one that PyTorch's users know: its pools differ in four places, marked (!). Attribute names equal the keys
-of the published file. Read `fid.py` first, which says what the network is shown and what becomes of its features.
+"""The FID network: Inception v3 as TensorFlow published it in 2015 (Szegedy et al. 2015, "Rethinking the Inception
+Architecture", section 6). Its pools differ from those of PyTorch's own Inception in four places, marked (!). Attribute
+names equal the keys of the published file. Read `fid.py` first, which says what the network is shown.
 
 Shapes: B batch, C channels, H W.
 """
 
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from support.errors import InputError
-from support.files import listed
 
 PUBLISHED = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
@@ -25,110 +23,57 @@ PUBLISHED = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weigh
 class Conv(nn.Module):
     def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1, padding="same"):
         super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding if stride == 1 else 0, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)))
 
 
-def average(x: Tensor) -> Tensor:
-    """Mean of each 3 x 3 neighborhood, at the border of the places that exist: the padding does not count."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)  # of places that exist
+largest = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+shrink = partial(F.max_pool2d, kernel_size=3, stride=2)
+
+# The branches of each kind of block, and the convolutions of each branch: (outputs, kernel, stride). A kernel of 7 x 7
+# is made of a row and a column, which see as much for 2 / 7 of the cost. BOTH is a row and a column of 3 side by side.
+ROW, COLUMN, BOTH = (1, 7), (7, 1), "row and column"
+A = {"1x1": [(64, 1)], "5x5": [(48, 1), (64, 5)], "3x3dbl": [(64, 1), (96, 3), (96, 3)]}
+B = {"3x3": [(384, 3, 2)], "3x3dbl": [(64, 1), (96, 3), (96, 3, 2)]}
+D = {"3x3": [(192, 1), (320, 3, 2)], "7x7x3": [(192, 1), (192, ROW), (192, COLUMN), (192, 3, 2)]}
+E = {"1x1": [(320, 1)], "3x3": [(384, 1), (384, BOTH)], "3x3dbl": [(448, 1), (384, 3), (384, BOTH)]}
 
 
-class InceptionA(nn.Module):
-    def __init__(self, c: int, c_pool: int):
+def c_branches(n: int) -> dict[str, list[tuple]]:
+    twice = [(n, 1), (n, COLUMN), (n, ROW), (n, COLUMN), (192, ROW)]
+    return {"1x1": [(192, 1)], "7x7": [(n, 1), (n, ROW), (192, COLUMN)], "7x7dbl": twice}
+
+
+class Block(nn.Module):
+    """Branches side by side, and a pool, after it a convolution to `c_pool`. Their names are those in the file."""
+
+    def __init__(self, c_in: int, branches: dict[str, list[tuple]], pool: Callable, c_pool: int | None = None):
         super().__init__()
-        self.branch1x1 = Conv(c, 64, 1)
-        self.branch5x5_1 = Conv(c, 48, 1)
-        self.branch5x5_2 = Conv(48, 64, 5)
-        self.branch3x3dbl_1 = Conv(c, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3)
-        self.branch3x3dbl_3 = Conv(96, 96, 3)
-        self.branch_pool = Conv(c, c_pool, 1)
+        self.branches, self.pool = [], pool
+        for kind, convs in branches.items():
+            c, names = c_in, []  # of the convolutions, one place after the other
+            for place, (c_out, *how) in enumerate(convs, 1):
+                name = f"branch{kind}_{place}" if len(convs) > 1 else f"branch{kind}"
+                parts = {f"{name}a": [(1, 3)], f"{name}b": [(3, 1)]} if how == [BOTH] else {name: how}
+                for part in parts:
+                    self.add_module(part, Conv(c, c_out, *parts[part]))
+                names.append(list(parts))
+                c = c_out
+            self.branches.append(names)
+        self.branch_pool = Conv(c_in, c_pool, 1) if c_pool else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        one = self.branch1x1(x)
-        five = self.branch5x5_2(self.branch5x5_1(x))
-        twice_three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([one, five, twice_three, self.branch_pool(average(x))], dim=1)  # (!) 1 of 4
-
-
-class InceptionB(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.branch3x3 = Conv(c, 384, 3, stride=2, padding=0)
-        self.branch3x3dbl_1 = Conv(c, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2, padding=0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        twice_three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), twice_three, F.max_pool2d(x, 3, stride=2)], dim=1)
-
-
-class InceptionC(nn.Module):
-    """A 7 x 7 convolution as a row and a column of 7, which is as wide a view for 2 / 7 of the price."""
-
-    def __init__(self, c: int, c7: int):
-        super().__init__()
-        row, column = (1, 7), (7, 1)
-        self.branch1x1 = Conv(c, 192, 1)
-        self.branch7x7_1 = Conv(c, c7, 1)
-        self.branch7x7_2 = Conv(c7, c7, row)
-        self.branch7x7_3 = Conv(c7, 192, column)
-        self.branch7x7dbl_1 = Conv(c, c7, 1)
-        self.branch7x7dbl_2 = Conv(c7, c7, column)
-        self.branch7x7dbl_3 = Conv(c7, c7, row)
-        self.branch7x7dbl_4 = Conv(c7, c7, column)
-        self.branch7x7dbl_5 = Conv(c7, 192, row)
-        self.branch_pool = Conv(c, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        twice_seven = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        twice_seven = self.branch7x7dbl_5(self.branch7x7dbl_4(twice_seven))
-        pooled = self.branch_pool(average(x))  # (!) 2 of 4
-        return torch.cat([self.branch1x1(x), seven, twice_seven, pooled], dim=1)
-
-
-class InceptionD(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.branch3x3_1 = Conv(c, 192, 1)
-        self.branch3x3_2 = Conv(192, 320, 3, stride=2, padding=0)
-        self.branch7x7x3_1 = Conv(c, 192, 1)
-        self.branch7x7x3_2 = Conv(192, 192, (1, 7))
-        self.branch7x7x3_3 = Conv(192, 192, (7, 1))
-        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2, padding=0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        three = self.branch3x3_2(self.branch3x3_1(x))
-        seven_three = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([three, seven_three, F.max_pool2d(x, 3, stride=2)], dim=1)
-
-
-class InceptionE(nn.Module):
-    def __init__(self, c: int, pool: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.pool = pool
-        self.branch1x1 = Conv(c, 320, 1)
-        self.branch3x3_1 = Conv(c, 384, 1)
-        self.branch3x3_2a = Conv(384, 384, (1, 3))
-        self.branch3x3_2b = Conv(384, 384, (3, 1))
-        self.branch3x3dbl_1 = Conv(c, 448, 1)
-        self.branch3x3dbl_2 = Conv(448, 384, 3)
-        self.branch3x3dbl_3a = Conv(384, 384, (1, 3))
-        self.branch3x3dbl_3b = Conv(384, 384, (3, 1))
-        self.branch_pool = Conv(c, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        three = self.branch3x3_1(x)
-        twice_three = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        parts = [self.branch1x1(x), self.branch3x3_2a(three), self.branch3x3_2b(three)]
-        parts += [self.branch3x3dbl_3a(twice_three), self.branch3x3dbl_3b(twice_three)]
-        return torch.cat([*parts, self.branch_pool(self.pool(x))], dim=1)
+        outputs = []
+        for names in self.branches:
+            y = x
+            for parts in names:
+                y = torch.cat([getattr(self, part)(y) for part in parts], dim=1)
+            outputs.append(y)
+        return torch.cat([*outputs, self.branch_pool(self.pool(x))], dim=1)
 
 
 class Inception(nn.Module):
@@ -136,21 +81,23 @@ class Inception(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2, padding=0)
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = InceptionA(192, 32), InceptionA(256, 64), InceptionA(288, 64)
-        self.Mixed_6a = InceptionB(288)
-        self.Mixed_6b, self.Mixed_6c = InceptionC(768, 128), InceptionC(768, 160)
-        self.Mixed_6d, self.Mixed_6e = InceptionC(768, 160), InceptionC(768, 192)
-        self.Mixed_7a = InceptionD(768)
-        self.Mixed_7b = InceptionE(1280, average)  # (!) 3 of 4
-        self.Mixed_7c = InceptionE(2048, partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))  # (!) 4 of 4
-        # The classes are of no use to FID. But 1008 of them tell this file from PyTorch's own Inception, which has 1000
-        # and otherwise the same tensors, and would pass for it.
-        self.fc = nn.Linear(2048, 1008)
+        self.Mixed_5b = Block(192, A, average, 32)  # (!) in all of A
+        self.Mixed_5c = Block(256, A, average, 64)
+        self.Mixed_5d = Block(288, A, average, 64)
+        self.Mixed_6a = Block(288, B, shrink)
+        self.Mixed_6b = Block(768, c_branches(128), average, 192)  # (!) in all of C
+        self.Mixed_6c = Block(768, c_branches(160), average, 192)
+        self.Mixed_6d = Block(768, c_branches(160), average, 192)
+        self.Mixed_6e = Block(768, c_branches(192), average, 192)
+        self.Mixed_7a = Block(768, D, shrink)
+        self.Mixed_7b = Block(1280, E, average, 192)  # (!)
+        self.Mixed_7c = Block(2048, E, largest, 192)  # (!)
+        self.fc = nn.Linear(2048, 1008)  # not used, but it tells this file from PyTorch's own, of 1000 classes
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -160,46 +107,24 @@ class Inception(nn.Module):
         # On GPUs, convolutions round to 10 bits (TF32) unless told otherwise; that is no longer the same FID.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * images - 1)))  # (B, 64, 147, 147)
-            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))  # (B, 192, 71, 71)
-            x = F.max_pool2d(x, 3, stride=2)
+            x = shrink(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(shrink(x))))  # (B, 192, 35, 35)
             x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (B, 288, 35, 35)
             x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))  # (B, 768, 17, 17)
             x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (B, 2048, 8, 8)
         return x.mean(dim=(2, 3))
 
-    def load(self, file: str | Path) -> "Inception":
-        """Take the weights of the published file, or of a .safetensors copy of it. Raises InputError if they differ in
-        any name, shape or precision from what this network has."""
-        found, problems = read_weights(Path(file)), []
-        # counters of training, which not every version of PyTorch wrote
-        wanted = {name: w for name, w in self.state_dict().items() if not name.endswith("num_batches_tracked")}
-        found = {name: w for name, w in found.items() if not name.endswith("num_batches_tracked")}
-        if missing := sorted(wanted.keys() - found.keys()):
-            problems.append(f"{len(missing)} missing ({listed(missing)})")
-        if extra := sorted(found.keys() - wanted.keys()):
-            problems.append(f"{len(extra)} that it does not have ({listed(extra)})")
-        for name in sorted(wanted.keys() & found.keys()):
-            kind, due = (f"{w.dtype} {tuple(w.shape)}" for w in (found[name], wanted[name]))
-            if kind != due:
-                problems.append(f"{name} is {kind}, should be {due}")
-        if problems:
-            raise InputError(f"{file}: not the tensors of the FID network: {listed(problems, 4)}; get {PUBLISHED}")
-        self.load_state_dict(self.state_dict() | found)
+    def load(self, file: Path) -> "Inception":
+        """Take the weights of the published file or a .safetensors copy. Raises InputError if any does not fit."""
+        if not file.is_file():
+            raise InputError(f"the FID network {file} is missing; get {PUBLISHED} or give its path with --weights")
+        try:  # the published file is a pickle: weights_only reads its tensors and refuses whatever would run code
+            safe = file.suffix == ".safetensors"
+            state = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+            if odd := [name for name, w in state.items() if w.dtype not in (torch.float32, torch.int64)]:
+                raise ValueError(f"{odd[0]} is {state[odd[0]].dtype}")
+            self.load_state_dict(dict(state))
+        except Exception as error:  # the readers have many ways to say it
+            unsafe = isinstance(error, pickle.UnpicklingError)
+            reason = "no plain file of tensors" if unsafe else " ".join(f"{error}".split())[:300]
+            raise InputError(f"{file} is damaged or not the FID network ({reason}); get {PUBLISHED}") from None
         return self
-
-
-def read_weights(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise InputError(f"the FID network {file} is missing; get it from {PUBLISHED} or give its path with --weights")
-    try:
-        # the published file is a pickle, of which weights_only reads tensors and refuses whatever would run code
-        safe = file.suffix == ".safetensors"
-        state = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise ValueError("not only tensors")
-        return state
-    except Exception as error:  # both readers have many ways to say it
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise InputError(
-            f"{file} is damaged, truncated or no plain state dict ({reason[0]}); get {PUBLISHED}"
-        ) from None

@@ -4,50 +4,58 @@ Our attribute names are those of the official folders, so most models load witho
 exceptions: for each of our tensors, where it is found in such a file, and how. `model.py` uses it when loading.
 """
 
+import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# Where a tensor of ours is found: its name in the file, and the way from the stored tensor to ours.
-Source = tuple[str, Callable[[Tensor], Tensor]]
+from support.checks import OTHERS, is_perflow
+from support.errors import InputError
+from support.files import listed
+from support.weights import Source, read_config
 
 
 def as_stored(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def as_linear(tensor: Tensor) -> Tensor:
-    return tensor.flatten(1)  # a 1x1 convolution, (out, in, 1, 1), is a linear layer, (out, in)
-
-
 def transposed(tensor: Tensor) -> Tensor:
     return tensor.t().contiguous()
 
 
-# ---- Folders: what earlier and later versions of the libraries write ------------------------------------------------
+# ---- Spellings: what earlier and later libraries, and the converters between them, wrote ----------------------------
 
-OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # VAEs until early 2023
-
-
-def sources_in_folder(component: str, keys: Iterable[str], stored: set[str]) -> dict[str, Source]:
-    """For each of our keys of a component ("unet", "vae", "text_encoder"...), its source in the folder's files."""
-    sources: dict[str, Source] = {key: (key, as_stored) for key in keys}
-    if component == "vae" and any(".query." in name for name in stored):
-        for key in sources:
-            if ".attentions." in key:
-                for new, old in OLD_ATTENTION.items():
-                    if f".{new}." in key:
-                        sources[key] = (key.replace(new, old), as_linear if key.endswith("weight") else as_stored)
-    if component.startswith("text_encoder") and not any(name.startswith("text_model.") for name in stored):
-        sources = {key: (key.removeprefix("text_model."), as_stored) for key in sources}
-    return sources
+# (pattern in the usual name, other spelling). Attention of the VAE has had three names, in folders and single files;
+# CLIP's names begin with `text_model.` or not. A projection named `.weight` is stored as ours, the other transposed.
+SPELLINGS = [
+    (r"\.to_([qkv])\.", lambda m: f".{dict(q='query', k='key', v='value')[m[1]]}."),
+    (r"\.to_out\.0\.", lambda m: ".proj_attn."),
+    (r"attn_1\.([qkv])\.", lambda m: f"attn_1.to_{m[1]}."),
+    (r"attn_1\.proj_out\.", lambda m: "attn_1.to_out.0."),
+    (r"attn_1\.([qkv])\.", lambda m: f"attn_1.{dict(q='query', k='key', v='value')[m[1]]}."),
+    (r"attn_1\.proj_out\.", lambda m: "attn_1.proj_attn."),
+    (r"(^|\.)text_model\.", lambda m: m[1]),
+    (r"\.text_projection$", lambda m: ".text_projection.weight"),
+]
 
 
-def is_no_parameter(name: str) -> bool:
-    """Tensors that some files hold although no network has them: old position counters, CLIP's training scale."""
-    return name.endswith("embeddings.position_ids") or name.endswith(".model.logit_scale")
+def spelled(source: Source, stored: set[str]) -> Source:
+    """A tensor's source under the name that it has among the `stored` ones."""
+    name, view = source
+    if name not in stored:
+        for pattern, other in SPELLINGS:
+            found = re.sub(pattern, other, name)
+            if found != name and found in stored:
+                return found, as_stored if found.endswith("text_projection.weight") else view
+    return source
+
+
+def sources_in_folder(keys: Iterable[str], stored: set[str]) -> dict[str, Source]:
+    """For each of our keys of a network, its source in a folder's files, which hold the `stored` names."""
+    return {key: spelled((key, as_stored), stored) for key in keys}
 
 
 # ---- Single files: the layout of the original training code ---------------------------------------------------------
@@ -135,9 +143,7 @@ def unet_source(key: str, keys: Iterable[str]) -> Source:
 
 
 def vae_source(key: str) -> Source:
-    name = rename(key, VAE_PLACES, VAE_RESNET if ".resnets." in key else VAE_ATTENTION)
-    projection = ".attentions." in key and ".to_" in key and key.endswith("weight")
-    return name, as_linear if projection else as_stored
+    return rename(key, VAE_PLACES, VAE_RESNET if ".resnets." in key else VAE_ATTENTION), as_stored
 
 
 def openclip_source(key: str) -> Source:
@@ -149,30 +155,31 @@ def openclip_source(key: str) -> Source:
 
 
 def sources_in_single_file(
-    family: str, component: str, keys: Iterable[str], stored: Iterable[str] = ()
+    family: str, component: str, keys: Iterable[str], stored: set[str] = frozenset()
 ) -> dict[str, Source]:
     """For each of our keys of a component, its source in a single file of `family` ("SD1.5" or "SDXL").
 
-    stored: the names of the component's tensors in the file, if it may be another than the official one.
+    stored: the names of the file's tensors, where they may be spelled otherwise than in the official one.
     """
-    prefix = PREFIXES[family][component]
-    if component == "unet":
-        sources = {key: unet_source(key, keys) for key in keys}
-    elif component == "vae":
-        sources = {key: vae_source(key) for key in keys}
-    elif component == "text_encoder_2":
-        sources = {key: openclip_source(key) for key in keys}
-    else:  # CLIP-L is named as in a folder, also in lacking `text_model.` here and there
-        sources = sources_in_folder(component, keys, {name.removeprefix(prefix) for name in stored or keys})
-    return {key: (prefix + name, view) for key, (name, view) in sources.items()}
+    source = {
+        "unet": lambda key: unet_source(key, keys), "vae": vae_source, "text_encoder_2": openclip_source,
+        "text_encoder": lambda key: (key, as_stored),
+    }[component]  # fmt: skip
+    found = {}
+    for key in keys:
+        name, view = source(key)
+        found[key] = spelled((PREFIXES[family][component] + name, view), stored)
+    return found
 
 
 def as_single_file(family: str, component: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The way back: a component's tensors under their names in a single file, and in the form that they have there."""
-    ways_back = {as_linear: lambda tensor: tensor[:, :, None, None], transposed: transposed}
     stored: dict[str, list[tuple[str, Tensor]]] = {}
     for key, (name, view) in sources_in_single_file(family, component, tensors).items():
-        stored.setdefault(name, []).append((key, ways_back.get(view, as_stored)(tensors[key])))
+        tensor = transposed(tensors[key]) if view is transposed else tensors[key]
+        if ".attn_1." in name and tensor.dim() == 2:
+            tensor = tensor[:, :, None, None]  # the VAE's projections are 1x1 convolutions there
+        stored.setdefault(name, []).append((key, tensor))
 
     def place(part: tuple[str, Tensor]) -> int:  # queries, keys and values are one matrix, in this order
         match = re.search(r"\.([qkv])_proj\.", part[0])
@@ -181,24 +188,50 @@ def as_single_file(family: str, component: str, tensors: dict[str, Tensor]) -> d
     return {name: torch.cat([tensor for _, tensor in sorted(parts, key=place)]) for name, parts in stored.items()}
 
 
-def family_of(names: Iterable[str]) -> str:
-    """The kind of a single file, "SD1.5" or "SDXL", from its tensors' names. Raises ValueError for any other."""
+def single_file(
+    networks: dict[str, nn.Module], scheduler: dict, where: Path
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a model under their names in a single file, and the metadata of its header.
+
+    A single file tells no settings but a flow's, in our metadata; so only official ones can be stored.
+    """
+    family, tensors = "SDXL" if "text_encoder_2" in networks else "SD1.5", {}
+    for name, network in networks.items():
+        official = vars(read_config(type(network.cfg), OFFICIAL[family][name], name))
+        if other := [s for s, value in vars(network.cfg).items() if s not in UNTOLD and value != official[s]]:
+            reason = f"the {name} is none of {family} ({listed(other)}); a single file cannot tell what it is"
+            raise InputError(f"{where}: {reason}: keep the folder")
+        tensors |= as_single_file(family, name, network.state_dict())
+    is_flow = "num_time_windows" in scheduler or is_perflow(scheduler)
+    return tensors, {f"scheduler.{name}": json.dumps(value) for name, value in scheduler.items() if is_flow}
+
+
+UNTOLD = ("eos_token_id", "sample_size", "force_upcast", "architectures", "projection_dim")  # settings that may differ
+
+
+def scheduler_in(metadata: dict[str, str], where: Path) -> dict:
+    """The scheduler settings that `single_file` wrote."""
+    try:
+        ours = {name: value for name, value in metadata.items() if name.startswith("scheduler.")}
+        return {name.removeprefix("scheduler."): json.loads(value) for name, value in ours.items()}
+    except ValueError as error:
+        raise InputError(f"{where}: the scheduler settings in its metadata are damaged ({error})") from None
+
+
+def family_of(names: Iterable[str], where: Path) -> str:
+    """The kind of a single file, "SD1.5" or "SDXL", from its tensors' names. Raises InputError for any other."""
 
     def holds(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in names)
 
-    if holds("cond_stage_model.model."):
-        raise ValueError("this is a Stable Diffusion 2 checkpoint; only SD1.5 and SDXL single files are supported")
-    if holds("conditioner.embedders.0.model."):
-        raise ValueError("this is the SDXL refiner; only the SDXL base model is supported")
-    if holds("v_pred"):
-        raise ValueError("this model predicts v, not epsilon (it has a tensor v_pred); it is not supported")
+    for prefix, model in OTHERS.items():
+        if holds(prefix):
+            raise InputError(f"{where}: this is {model}; only SD1.5 and SDXL base models are supported")
     family = "SDXL" if holds("conditioner.") else "SD1.5"
     for component, prefix in PREFIXES[family].items():
         if not holds(prefix):
-            raise ValueError(
-                f"the file has no {component} (no tensor begins with {prefix}); a whole SD1.5 or SDXL is needed"
-            )
+            reason = f"the file has no {component} (no tensor begins with {prefix})"
+            raise InputError(f"{where}: {reason}; a whole SD1.5 or SDXL is needed")
     return family
 
 

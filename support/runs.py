@@ -1,84 +1,178 @@
-"""What a training run leaves on disk, and how it is stopped: checkpoints, its log, and the finished flow.
+"""How a training run starts, stops and goes on, and what it leaves on disk: checkpoints, its log, the result.
 
-Nothing of the method is here; it is in `train.py`, which uses this file. Folders appear whole or not at all: they are
-written aside, then renamed, so that a run may be killed at any moment.
+Nothing of the method is here; it is in `train.py`. A run may be killed at any moment, and may use several machines.
 """
 
 import argparse
+import contextlib
+import fcntl
+import hashlib
 import json
+import math
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from support.devices import Process
 from support.errors import InputError
-from support.files import read_json, replace_folder, write_json, write_text
+from support.files import fingerprint, make_folder, remove, replaced, write_text
+
+INPUTS = "teacher", "student", "data"
+# What a resumed run must have in common with the interrupted one, besides the content of the inputs.
+KEPT = "windows alpha solver_steps lr warmup starts cooldown ema seed augment own_starts teacher_guidance".split()
+locks = []  # of this process, until it ends
+
+
+def together(process: Process, work: Callable[[], object]) -> object:
+    """What work() returns in this process. If it fails in any process, all of them end."""
+    try:
+        result, error = work(), None
+    except (InputError, OSError) as failure:
+        result, error = None, str(failure)
+    errors = process.gather(error)
+    if ranks := [rank for rank, error in enumerate(errors) if error]:
+        where = f"rank {', '.join(map(str, ranks))}: " if process.world > 1 else ""
+        raise InputError(where + errors[ranks[0]])
+    return result
+
+
+def same_as_first(process: Process, facts: dict, args: argparse.Namespace) -> None:
+    """Machines that do not share a folder may have loaded different things."""
+    for name, value in process.gather(facts)[0].items():
+        if facts[name] != value:
+            folder = getattr(args, name) if name in INPUTS else args.run
+            raise InputError(f"{name} is {facts[name]}, but {value} in rank 0; all machines must share {folder}")
+
+
+def claim(args: argparse.Namespace) -> None:
+    """See that nothing of others will be replaced, and lock the run's folder for as long as this process lives."""
+    if Path(args.name).name != args.name or args.name == "..":
+        raise InputError(f"--name {args.name} is not the name of a folder")
+    for used in filter(None, [getattr(args, name) for name in INPUTS]):
+        for made in args.result.resolve(), args.run.resolve():
+            if made.is_relative_to(used.resolve()) or used.resolve().is_relative_to(made):
+                raise InputError(f"{made} is, holds or lies in {used}, which is needed; choose another --out")
+    make_folder(args.run)
+    lock = (args.run / "lock").open("a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # readers of data do not inherit it
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"another process trains in {args.run}; wait for it, or choose another --out") from None
+    except OSError:
+        pass  # a network disk without locks
+    locks.append(lock)
+    if checkpoints(args.run) and not args.resume:
+        raise InputError(f"{newest(args.run)} is there already; go on with --resume, or choose another --out")
+    record = args.run / "result"
+    if args.result.exists() and not (record.exists() and record.read_text() in ("", weights_in(args.result))):
+        raise InputError(f"{args.result} is there already, but not from {args.run}; choose another --out")
+    for left in args.run.glob("*.partial"):  # by a process that was killed
+        remove(left)
+
+
+@contextlib.contextmanager
+def recorded(args: argparse.Namespace) -> Iterator[None]:
+    """While the result is written: note that it is this run's, which alone may replace it."""
+    write_text(args.run / "result", "")
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error}; then --resume finishes it from {newest(args.run)}") from None
+    write_text(args.run / "result", weights_in(args.result))
+    print(f"{args.result} is ready: python sample.py --model {args.result} --steps {max(args.windows, 4)} --prompt ...")
+
+
+def weights_in(model: Path) -> str:
+    """Tells the model in a folder from another one there: the fingerprint of a thousand numbers of each tensor."""
+    few = []
+    for file in sorted(model.glob("*/*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for weight in map(tensors.get_tensor, sorted(tensors.keys())):
+                few.append(weight.flatten()[:: weight.numel() // 1000 + 1].clone())
+    return fingerprint(*few)
+
+
+def samples_in(source: Dataset) -> str:
+    """Tells data from other data in the same place: the number of samples and the names of their files."""
+    if source.endless:
+        return source.name
+    root = os.path.commonpath([file.parent for file in source.files])
+    names = "\n".join(str(file)[len(root) :] for file in source.files)
+    return f"{len(source)} samples, {hashlib.sha256(os.fsencode(names)).hexdigest()[:12]}"
 
 
 def checkpoints(run: Path) -> list[Path]:
-    return sorted(run.glob("step-???????"))
+    return sorted(run.glob("step-*.pt"))
 
 
-def save_checkpoint(run: Path, step: int, parts: dict[str, object], settings: dict) -> Path:
-    """A folder run/step-N with all that going on needs. It appears whole or not at all; then older ones are removed."""
-    folder = run / f"step-{step:07d}"
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": step}, aside / "state.pt")
-    write_json(aside / "settings.json", settings)
-    replace_folder(aside, folder)
-    for older in checkpoints(run):
-        if older != folder:
-            shutil.rmtree(older, ignore_errors=True)
-    return folder
-
-
-def load_checkpoint(run: Path, parts: dict[str, object], settings: dict, device: torch.device) -> int:
-    """Take up the newest checkpoint; returns its step, 0 where there is none."""
-    if not checkpoints(run):
-        return 0
-    folder = checkpoints(run)[-1]
-    before = read_json(folder / "settings.json")
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise InputError(f"{folder} was made with {name} {before.get(name)}, not {value}; --resume keeps settings")
+def save_checkpoint(process: Process, run: Path, parts: dict[str, object], settings: dict, step: int) -> None:
+    """All that going on needs, in one file run/step-N.pt. The one before it is kept, too, where there is room."""
+    file, older = run / f"step-{step:07d}.pt", checkpoints(run)
+    if process.rank > 0 or step == 0 or file in older:
+        return
+    state = {name: part.state_dict() for name, part in parts.items()} | {"step": step, "settings": settings}
     try:
-        state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    except Exception as error:  # torch.load and load_state_dict have many ways to say it
+        with replaced(file) as aside:
+            torch.save(state, aside)
+    except (InputError, RuntimeError) as error:  # the latter is what torch says of a full disk
+        if len(older) < 2:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"cannot write {file}, is there room? {reason}. Last good: {newest(run)}") from None
+        older[0].unlink()
+        return save_checkpoint(process, run, parts, settings, step)
+    for old in older[:-1]:
+        old.unlink()
+
+
+def newest(run: Path) -> Path | str:
+    return checkpoints(run)[-1] if checkpoints(run) else "none was written yet"
+
+
+def load_checkpoint(run: Path, parts: dict[str, object], settings: dict) -> int:
+    """Take up the newest checkpoint; returns its step, 0 where there is none."""
+    *older, file = [None, *checkpoints(run)]
+    if file is None:
+        return 0
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
+        # On the CPU first: on a GPU, Adam's counters would make it wait in each update.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # both have many ways to say it
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{folder} is damaged ({reason}); remove it to go on from an older one, or anew") from None
+        then = f"go on from {older[-1].name}" if older[-1] else "start anew"
+        raise InputError(f"{file} is damaged ({reason}); remove it to {then}") from None
+    for name, value in settings.items():
+        if state["settings"].get(name) != value:
+            before = state["settings"].get(name)
+            raise InputError(f"{file} was made with {name} {before}, not {value}; --resume keeps settings")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     return state["step"]
-
-
-def start_training(arguments: list, processes: int, threads: int, **how) -> subprocess.CompletedProcess:
-    """Run train.py under torchrun, in so many processes of so many threads; `how` is for `subprocess.run`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    command += [Path(__file__).parent.parent / "train.py", *arguments]
-    return subprocess.run([str(part) for part in command], env=os.environ | {"OMP_NUM_THREADS": str(threads)}, **how)
 
 
 class Log:
     """run/log.jsonl, one line per update; and a running mean on the progress bar."""
 
-    def __init__(self, run: Path, step: int, args: argparse.Namespace, quiet: bool):
-        self.file, self.quiet, self.mean, self.since = run / "log.jsonl", quiet, None, time.time()
+    def __init__(self, args: argparse.Namespace, step: int, quiet: bool):
+        self.file, self.quiet, self.mean, self.since = args.run / "log.jsonl", quiet, None, time.monotonic()
+        if not quiet:
+            print(f"resumed at update {step}" if step else f"no checkpoint in {args.run}: from 0", flush=True)
+            lines = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
+            whole = [line for line in lines if line.endswith("}\n")]  # the last one may have been cut off
+            # What a resumed run does again is not to be in the log twice.
+            write_text(self.file, "".join(line for line in whole if json.loads(line)["step"] <= step))
         self.bar = tqdm(total=args.iters, initial=step, disable=quiet, desc=args.name)
-        if not quiet:  # what a resumed run does again is not to be in the log twice
-            kept = [line for line in self.lines() if json.loads(line)["step"] <= step]
-            write_text(self.file, "".join(kept))
-
-    def lines(self) -> list[str]:
-        whole = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
-        return [line for line in whole if line.endswith("}\n")]  # the last one may have been cut off
 
     def add(self, step: int, numbers: dict[str, float]) -> None:
         """Numbers of update `step`, counted from 1."""
@@ -86,7 +180,7 @@ class Log:
         if self.quiet:
             return
         line = {"step": step} | {name: float(f"{number:.6g}") for name, number in numbers.items()}
-        line["seconds"], self.since = round(time.time() - self.since, 3), time.time()
+        line["seconds"], self.since = round(time.monotonic() - self.since, 3), time.monotonic()
         if torch.cuda.is_initialized():
             line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         with self.file.open("a") as file:
@@ -95,17 +189,16 @@ class Log:
         self.bar.set_postfix(loss=f"{self.mean:.4f}")
 
 
-class Stop:
-    """Ctrl-C, or SIGTERM of a queueing system, ends the run after the step at hand; a second Ctrl-C at once."""
+def report_divergence(step: int, losses: list[float], run: Path) -> None:
+    """Stop, in all processes, before the weights are touched."""
+    ranks = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+    where = f"the loss of rank {', '.join(ranks)}" if ranks else "the gradient"
+    raise InputError(f"{where} is not finite in update {step}; last good checkpoint: {newest(run)}. Try a lower --lr")
 
-    def __init__(self):
-        self.asked = False
-        self.before = {which: signal.signal(which, self.ask) for which in (signal.SIGINT, signal.SIGTERM)}
 
-    def ask(self, which: int, frame: object) -> None:
-        self.asked = True
-        self.restore()
-
-    def restore(self) -> None:
-        for which, handler in self.before.items():
-            signal.signal(which, handler)
+def start_training(arguments: list, processes: int, threads: int, **how) -> subprocess.CompletedProcess:
+    """Run the trainer under torchrun, in so many processes of so many threads; `how` is for `subprocess.run`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    command += ["--module", "paper.variants", *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.run([str(part) for part in command], env=env, **how)

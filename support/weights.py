@@ -8,6 +8,10 @@ Read `model.py` first; this is what its `load` and `save` stand on. Where names 
 """
 
 import dataclasses
+import re
+import types
+import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +20,14 @@ from torch import nn
 
 from support.errors import InputError
 from support.files import PICKLES, listed, read_json, refuse_pickle
-from support.layouts import Source, is_no_parameter
+
+# Where a tensor of ours is found: its name in the file, and the way from the stored tensor to ours.
+Source = tuple[str, Callable[[torch.Tensor], torch.Tensor]]
+
+# Tensors beside a network's own: position counters, CLIP's training scale and vision tower, a VAE's training losses.
+LEFT_OVER = re.compile(
+    r"(^|\.)(position_ids|logit_scale|text_projection(\.weight)?|(vision_model|visual_projection|loss|model_ema)\..+)$"
+)
 
 
 def read_config(config_class: type, settings: dict, where: str):
@@ -30,6 +41,8 @@ def read_config(config_class: type, settings: dict, where: str):
             continue
         if name not in fields and name not in config_class.ONLY:
             raise InputError(f"{where}: {name} = {value!r} is not supported: we do not know this setting")
+        if name in fields and not fits(value, fields[name].type):
+            raise InputError(f"{where}: {name} = {value!r} is not of the kind that this setting has")
         allowed = config_class.ONLY.get(name, ...)
         if allowed is not ... and not all(part in as_tuple(allowed) for part in as_tuple(value)):
             only = " and ".join(map(repr, as_tuple(allowed)))
@@ -39,56 +52,91 @@ def read_config(config_class: type, settings: dict, where: str):
             raise InputError(f"{where}: {name} is missing")
     try:
         return config_class(**{name: settings[name] for name in fields if settings.get(name) is not None})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def fits(value: object, kind: object) -> bool:
+    """Is a value from a JSON file one of a field's type, such as `int | list[int]`? No number may be negative."""
+    choices = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, choice) for choice in choices)
+    if choices:  # a list or tuple
+        return isinstance(value, list | tuple) and all(fits(part, choices[0]) for part in value)
+    if kind in (int, float):
+        return type(value) in (int, kind) and 0 <= value < 10**9
+    return isinstance(value, kind)
 
 
 def as_tuple(value) -> tuple:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def tensor_names(file: Path) -> list[str]:
-    """Names of the tensors in a safetensors file; only its header is read."""
+def read_header(file: Path) -> tuple[list[str], dict[str, str]]:
+    """Names of the tensors in a safetensors file, and its metadata; only the header is read."""
     if file.suffix in PICKLES:
         refuse_pickle(file)
     try:
         with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
+            return list(tensors.keys()), tensors.metadata() or {}
     except FileNotFoundError:
         raise InputError(f"{file} does not exist; check the path") from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is damaged, truncated or no safetensors file ({error}); fetch it again") from None
 
 
-def find_tensors(folder: Path, stem: str, dtype: torch.dtype | None) -> dict[str, Path]:
+def tensor_names(file: Path) -> list[str]:
+    return read_header(file)[0]
+
+
+# Weight files and indices of shards, of a variant ("fp16", "bf16", "v0-fix"...) or of none. It has had four places.
+WEIGHTS = r"{stem}(?:\.(.+?))?\.safetensors(?:(?:\.(.+?))?\.index(?:\.(.+?))?\.json)?"
+
+
+def weight_files(folder: Path, stem: str) -> dict[str | None, Path]:
+    """A folder's weight files, or indices of several, by their variant."""
+    found = {}
+    for file in sorted(folder.glob(f"{stem}*"), key=lambda file: (file.suffix == ".json", file.name)):
+        match = re.fullmatch(WEIGHTS.format(stem=stem), file.name)
+        if match and not re.search(r"-\d+-of-\d+\.", file.name):
+            found.setdefault(match[1] or match[2] or match[3], file)
+    return found
+
+
+def find_tensors(folder: Path, stem: str, dtype: torch.dtype | None, variant: str | None = None) -> dict[str, Path]:
     """The tensors of a component's folder, and the file each of them is in: one file, or shards with an index.
 
-    Where there is a float16 variant beside the full one, it is taken only for float16, where it loses nothing.
+    Of several variants, the wanted one is taken; else float16's for float16, where it loses nothing; else the plain
+    file. Raises InputError.
     """
-    plain = [folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"]
-    # All three spellings of a variant's index are found in published models.
-    names = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json", f"{stem}.safetensors.fp16.index.json"]
-    fp16 = [folder / name for name in (*names, f"{stem}.fp16.safetensors.index.json")]
-    for file in fp16 + plain if dtype == torch.float16 else plain + fp16:
-        if not file.exists():
-            continue
-        if file.suffix == ".safetensors":
-            return dict.fromkeys(tensor_names(file), file)
-        try:
-            shards = [folder / shard for shard in sorted(set(read_json(file)["weight_map"].values()))]
-        except (KeyError, TypeError, AttributeError):
-            raise InputError(f"{file} is no index: it has no weight_map of tensors to files; fetch it again") from None
-        return {name: shard for shard in shards for name in tensor_names(shard)}
-    for file in sorted(folder.glob("*")):
-        if file.suffix in PICKLES:
-            refuse_pickle(file)
-    raise InputError(f"{folder} has no weights: {plain[0].name} is missing")
+    found = weight_files(folder, stem)
+    wanted = [variant, None, "fp16"] if variant or dtype != torch.float16 else ["fp16", None]
+    choice = [name for name in wanted if name in found] or list(found)
+    if not choice:
+        for file in sorted(folder.glob("*")):
+            if file.suffix in PICKLES:
+                refuse_pickle(file)
+        raise InputError(f"{folder} has no weights: {stem}.safetensors is missing")
+    if choice[0] not in wanted and len(found) > 1:
+        raise InputError(f"{folder} has several variants; choose one with --variant: {', '.join(sorted(found))}")
+    file = found[choice[0]]
+    if file.suffix == ".safetensors":
+        return dict.fromkeys(tensor_names(file), file)
+    try:
+        shards = [folder / shard for shard in sorted(set(read_json(file)["weight_map"].values()))]
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{file} is no index: it has no weight_map of tensors to files; fetch it again") from None
+    return {name: shard for shard in shards for name in tensor_names(shard)}
 
 
-def build(network_class: type[nn.Module], config) -> nn.Module:
-    """The network without its weights, frozen and in eval mode."""
-    with torch.device("meta"):
-        return network_class(config).eval().requires_grad_(False)
+def build(network_class: type[nn.Module], config, where: str = "config") -> nn.Module:
+    """The network without its weights, frozen and in eval mode. Raises InputError."""
+    try:
+        with torch.device("meta"):
+            return network_class(config).eval().requires_grad_(False)
+    except Exception as error:  # torch has many ways to say that a size is impossible
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{where}: {reason}") from error
 
 
 def assign(
@@ -114,8 +162,14 @@ def assign(
                 for key in few:
                     name, view = sources[key]
                     if files[name] == file:
-                        state[key] = view(tensors.get_tensor(name)).to(device, dtype)
+                        tensor = view(tensors.get_tensor(name)).reshape(empty[key].shape)
+                        state[key] = tensor.to(device, dtype)
     network.load_state_dict(state, strict=True, assign=True)
+
+
+def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A 1x1 convolution, (out, in, 1, 1), is a linear layer, (out, in): files hold the one for the other."""
+    return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
 
 
 def compare(empty: dict[str, torch.Tensor], sources: dict[str, Source], files: dict[str, Path], where: str) -> None:
@@ -124,7 +178,7 @@ def compare(empty: dict[str, torch.Tensor], sources: dict[str, Source], files: d
     problems = []
     if missing := sorted(wanted - files.keys()):
         problems.append(f"{len(missing)} missing ({listed(missing)})")
-    if extra := sorted(name for name in files.keys() - wanted if not is_no_parameter(name)):
+    if extra := sorted(name for name in files.keys() - wanted if not LEFT_OVER.search(name)):
         problems.append(f"{len(extra)} that the network does not have ({listed(extra)})")
     shapes = {}
     for file in set(files.values()):
@@ -137,7 +191,7 @@ def compare(empty: dict[str, torch.Tensor], sources: dict[str, Source], files: d
                 found = tuple(view(torch.empty(shapes[name], device="meta")).shape)
             except (RuntimeError, IndexError):
                 found = tuple(shapes[name])
-            if found != tuple(empty[key].shape):
+            if without_ones(found) != without_ones(empty[key].shape):
                 misshapen.append(f"{name} is {found}, should be {tuple(empty[key].shape)}")
     if misshapen:
         problems.append(f"{len(misshapen)} of another shape ({listed(misshapen)})")

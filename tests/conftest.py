@@ -60,9 +60,9 @@ def inception():
     import torch
     from helpers import randomize
 
-    import fid
+    from support.inception import Inception
 
-    network = randomize(fid.Inception(), 0)
+    network = randomize(Inception(), 0)
     generator = torch.Generator().manual_seed(1)
     for name, buffer in network.named_buffers():
         if name.endswith("running_mean"):

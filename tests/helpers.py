@@ -193,10 +193,12 @@ def command(module, *arguments, processes=1, torchrun=False):
     """The same as a user starts it: a command line, under torchrun where there are several processes."""
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     start = start if torchrun or processes > 1 else []
-    return [sys.executable, *start, module.__file__, *map(str, arguments)]
+    return [sys.executable, *start, "-m", module.__name__, *map(str, arguments)]
 
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # equal sums need equally many threads
+ROOT = Path(__file__).parent.parent
+# The environment for `command`. Equal sums need equally many threads.
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def write_shard(file, keys, broken=(), captions=True, facts=None):

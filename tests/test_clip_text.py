@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 import transformers
-from helpers import randomize
+from helpers import edit, randomize, read, refusal, write
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer, clip_bpe
+from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer
 from support import layouts
-from support.errors import InputError
+from support.vocabulary import clip_bpe
 from support.weights import build, read_config
 
 NASTY = [
@@ -27,7 +27,8 @@ NASTY = [
     "emoji 🙂👩‍👩‍👧 and 日本語 한국어 العربية",
     "hello!!! wow! (really?) -- [ok]_{x}^2",
     "a<|endoftext|>b <|startoftext|>",
-    "<|EndOfText|>",
+    "<|EndOfText|> and <|STARTOFTEXT|>, <|endoftext|",
+    "a <word> <WORD>word",
     "x" * 300,
     "one two three four five " * 40,
     "\u200b\ufeff zero width",
@@ -53,48 +54,58 @@ def folder(tmp_path_factory):
     return folder
 
 
-def set_padding(folder, pad):
-    special = {"bos_token": BEGIN, "eos_token": END, "pad_token": pad, "unk_token": END}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
-    settings = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+FORMS = ["SD1.5", "SDXL 2", "strings", "not normalized", "added", "decoder", "SDXL 2 json"]
 
 
-@pytest.fixture(scope="module")
-def folder_2(folder, tmp_path_factory):
-    """SDXL's second tokenizer: the same, but padding with "!", id 0."""
-    copy = tmp_path_factory.mktemp("second") / "tokenizer_2"
-    shutil.copytree(folder, copy)
-    set_padding(copy, "!")
-    return copy
+def set_padding(folder, pad, normalized=None):
+    """Special tokens as strings; or as the published files have them, found in any spelling if `normalized`."""
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END) | {"bos_token": BEGIN}
+    if normalized is not None:
+        flags = {
+            "__type": "AddedToken",
+            "lstrip": False,
+            "normalized": normalized,
+            "rstrip": False,
+            "single_word": False,
+        }
+        special = {role: {"content": token} | flags for role, token in special.items()}
+    write(folder / "special_tokens_map.json", special | {"pad_token": pad})
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    write(folder / "tokenizer_config.json", special | settings | {"pad_token": pad})
 
 
-def reference_ids(folder, prompts):
-    reference = transformers.CLIPTokenizer.from_pretrained(folder)
-    return reference(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+@pytest.fixture(scope="module", params=FORMS)
+def form(request, folder, tmp_path_factory):
+    """The tokenizer's folder in the forms in which it is published: SDXL's second one pads with "!", id 0."""
+    kind = request.param.removesuffix(" json")
+    place = shutil.copytree(folder, tmp_path_factory.mktemp("forms") / "tokenizer")
+    normalized = {"strings": None, "not normalized": False}.get(kind, True)
+    set_padding(place, "!" if kind == "SDXL 2" else END, normalized)
+    size = len(read(place / "vocab.json"))
+    if kind == "added":
+        write(place / "added_tokens.json", {"<word>": size})
+    if kind == "decoder":
+        tokens = {size - 1: {"content": END, "special": True, "normalized": True}, size: {"content": "<word>"}}
+        edit(place / "tokenizer_config.json", added_tokens_decoder=tokens)
+    if request.param.endswith("json"):  # today's libraries write tokenizer.json alone
+        transformers.CLIPTokenizer.from_pretrained(place).save_pretrained(place.parent / "json")
+        return place.parent / "json"
+    return place
 
 
-@pytest.mark.parametrize("prompt", NASTY)
-@pytest.mark.parametrize("which", ["folder", "folder_2"])
-def test_token_ids_are_those_of_transformers(prompt, which, request):
-    place = request.getfixturevalue(which)
-    ids = Tokenizer.load(place)([prompt])
-    assert ids.dtype == torch.int64 and ids.shape == (1, 77)
-    assert ids.tolist() == reference_ids(place, [prompt]).tolist()
+def test_token_ids_are_those_of_transformers(form):
+    reference = transformers.CLIPTokenizer.from_pretrained(form)
+    wanted = reference(NASTY, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    ids = Tokenizer.load(form)(NASTY)
+    assert ids.dtype == torch.int64 and ids.shape == (len(NASTY), 77)
+    for prompt, ours, theirs in zip(NASTY, ids.tolist(), wanted.tolist()):
+        assert ours == theirs, prompt
 
 
-def test_a_tokenizer_json_gives_the_same_ids(folder, folder_2, tmp_path):
-    for place, pad in (folder, "end"), (folder_2, "exclamation"):
-        transformers.CLIPTokenizer.from_pretrained(place).save_pretrained(tmp_path / pad)
-        assert not (tmp_path / pad / "vocab.json").exists()  # today's libraries write tokenizer.json alone
-        assert torch.equal(Tokenizer.load(tmp_path / pad)(NASTY), Tokenizer.load(place)(NASTY))
-
-
-def test_the_first_tokenizer_pads_with_the_end_token_the_second_with_exclamation_marks(folder, folder_2):
-    first, second = Tokenizer.load(folder), Tokenizer.load(folder_2)
-    end = first.end
-    assert first(["a"])[0, 3:].tolist() == [end] * 74
-    assert second(["a"])[0, 2:].tolist() == [end] + [0] * 74
+def test_the_first_tokenizer_pads_with_the_end_token_the_second_with_exclamation_marks(folder):
+    first, second = Tokenizer.load(folder), Tokenizer.load(folder, pad_token="!")
+    assert first(["a"])[0, 3:].tolist() == [first.end] * 74
+    assert second(["a"])[0, 2:].tolist() == [first.end] + [0] * 74
 
 
 def test_a_prompt_that_is_too_long_is_cut_with_a_notice_of_what_is_lost(folder, capsys):
@@ -112,24 +123,44 @@ def test_no_prompts_give_no_rows(folder):
     assert ids.shape == (0, 77) and ids.dtype == torch.int64
 
 
-def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no tokenizer: vocab.json and merges.txt, or tokenizer.json"):
-        Tokenizer.load(tmp_path)
+def test_texts_are_as_long_as_the_tokenizer_says(folder, tmp_path):
+    place = shutil.copytree(folder, tmp_path / "t")
+    for said, length in (248, 248), (None, 77), (10**30, 77):  # 10^30: the library did not know
+        edit(place / "tokenizer_config.json", model_max_length=said)
+        assert Tokenizer.load(place)(["a red circle"]).shape == (1, length)
 
 
-def test_a_damaged_tokenizer_is_an_error(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "t")
-    (tmp_path / "t/vocab.json").write_text('{"a": 0,')
-    with pytest.raises(ValueError, match="cannot be read"):
-        Tokenizer.load(tmp_path / "t")
+@pytest.mark.parametrize(
+    "file, content, complaint",
+    [
+        (None, "", "holds no tokenizer: vocab.json and merges.txt, or tokenizer.json"),
+        ("vocab.json", '{"a": 0,', "cannot be read"),
+        ("vocab.json", "[]", "cannot be read"),
+        ("vocab.json", '{"a": 0}', "cannot be read"),  # the merges make other tokens
+        ("merges.txt", "a b c", "cannot be read"),
+        ("tokenizer_config.json", "{", "cannot be read"),
+        ("tokenizer_config.json", "[]", "cannot be read"),
+        ("tokenizer_config.json", '{"model_max_length": -1}', "model_max_length is -1"),
+        ("special_tokens_map.json", "[]", "cannot be read"),
+        ("special_tokens_map.json", '{"pad_token": {"a": 1}}', "cannot be read"),
+        ("special_tokens_map.json", '{"pad_token": 3}', "cannot be read"),
+        ("added_tokens.json", '{"<word>": 7}', "'<word>' does not get its id, 7"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused(folder, tmp_path, file, content, complaint):
+    place = shutil.copytree(folder, tmp_path / "t") if file else tmp_path
+    if file:
+        (place / file).write_text(content)
+    message = refusal(Tokenizer.load, place)
+    assert complaint in message and str(place) in message
 
 
-def test_a_vocabulary_that_is_not_clips_is_an_error(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "t")
-    (tmp_path / "t/vocab.json").write_text('{"a": 0}')
-    (tmp_path / "t/merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(ValueError, match=r"not CLIP's: its vocabulary lacks <\|startoftext\|>"):
-        Tokenizer.load(tmp_path / "t")
+def test_a_vocabulary_that_is_not_clips_is_refused(tmp_path):
+    write(tmp_path / "vocab.json", {"a": 0, END: 1})
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    write(tmp_path / "special_tokens_map.json", {})
+    message = refusal(Tokenizer.load, tmp_path)
+    assert "is not CLIP's: its vocabulary lacks <|startoftext|>" in message
 
 
 SMALL = layouts.CLIP_L | {
@@ -172,16 +203,3 @@ def test_the_penultimate_output_skips_the_last_layer_and_the_norm():
     last, penultimate, _ = encoder(ids)
     layer = encoder.text_model.encoder.layers[-1]
     torch.testing.assert_close(encoder.text_model.final_layer_norm(layer(penultimate)), last)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"hidden_act": "relu"}, "hidden_act = 'relu' is not supported, only 'quick_gelu' and 'gelu'"),
-        ({"model_type": "t5"}, "model_type = 't5' is not supported, only 'clip_text_model'"),
-        ({"rotary": True}, "rotary = True is not supported: we do not know this setting"),
-    ],
-)
-def test_a_setting_that_is_not_supported_is_refused_by_name(change, message):
-    with pytest.raises(InputError, match=message):
-        read_config(ClipTextConfig, SMALL | change, "text_encoder")

@@ -1,31 +1,49 @@
 """What train.py writes gives the same images in diffusers."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 import sample
-import train
-from model import MINIATURE, StableDiffusion, flow_scheduler, save_flow
+from model import StableDiffusion, flow_scheduler, save_flow
 from support.streams import draw_noise
+from tools import in_diffusers
 
-file = Path(train.__file__).parent / "docs/in_diffusers.py"
-spec = importlib.util.spec_from_file_location("in_diffusers", file)
-in_diffusers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(in_diffusers)
+PROMPTS = ["the red cat", "a cat on the cat"]
 
 
-@pytest.mark.parametrize("steps", [4, 6])
-def test_a_flow_in_a_diffusers_pipeline_draws_what_sample_py_draws(tmp_path, steps):
-    base = StableDiffusion.load(MINIATURE)
-    save_flow(base.unet, flow_scheduler(base, 4), MINIATURE, tmp_path / "flow", torch.float32)
-    prompts = ["a red circle", "a small blue ring"]
-    ours = sample.generate(StableDiffusion.load(tmp_path / "flow"), prompts, steps, 3.0, seed=5)
-    pipeline = in_diffusers.load(str(tmp_path / "flow"))
+def images(pipeline, steps, guidance_scale):
     pipeline.set_progress_bar_config(disable=True)
     latents = draw_noise(5, [0, 1], (4, 8, 8))
-    theirs = pipeline(prompts, num_inference_steps=steps, guidance_scale=3.0, latents=latents, output_type="np").images
-    assert np.abs(ours / 255 - theirs).max() < 1.01 / 255
+    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": 64, "width": 64}
+    return pipeline(PROMPTS, latents=latents, output_type="np", **options).images
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def base(request):
+    return StableDiffusion.load(request.getfixturevalue(request.param))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_plain_diffusers_draws_a_flow_in_a_step_a_window_as_sample_py_does(base, tmp_path, stored):
+    """And opens it without any arguments, however it is stored."""
+    save_flow(base.unet, flow_scheduler(base, 4), base, tmp_path / "flow", stored)
+    if stored == torch.float16:  # all of it, as it is published
+        StableDiffusion.load(tmp_path / "flow", dtype=None).save(tmp_path / "flow")
+        half = StableDiffusion.load(tmp_path / "flow", dtype=torch.bfloat16)
+        for network in half.networks.values():
+            network.half()
+        half.save(tmp_path / "flow")
+    pipeline, ours = DiffusionPipeline.from_pretrained(tmp_path / "flow"), StableDiffusion.load(tmp_path / "flow")
+    for windows in (4, 2, 1) if stored == torch.float32 else (4,):
+        ours.configs["scheduler"]["num_time_windows"] = windows
+        for guidance_scale in 1.0, 4.0:
+            wanted = sample.generate(ours, PROMPTS, windows, guidance_scale, seed=5)
+            assert np.abs(wanted / 255 - images(pipeline, windows, guidance_scale)).max() < 1.01 / 255
+
+
+def test_our_scheduler_draws_any_number_of_steps(base, tmp_path):
+    save_flow(base.unet, flow_scheduler(base, 4), base, tmp_path / "flow", torch.float32)
+    wanted = sample.generate(StableDiffusion.load(tmp_path / "flow"), PROMPTS, 6, 3.0, seed=5)
+    assert np.abs(wanted / 255 - images(in_diffusers.load(str(tmp_path / "flow")), 6, 3.0)).max() < 1.01 / 255

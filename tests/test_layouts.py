@@ -4,18 +4,18 @@ what is stored under our names for a single file, they must read back unchanged.
 import copy
 import re
 import subprocess
-import sys
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import single_file_utils as reference
-from helpers import read, refusal, rewrite, same
+from helpers import ONE_THREAD, command, exit_code, read, refusal, rewrite, same
 from safetensors.torch import load_file, save_file
 
-from model import NETWORKS, StableDiffusion, add_delta, save_delta
+from model import NETWORKS, StableDiffusion, alphas_cumprod, flow_scheduler
 from support import layouts
 from support.weights import build, read_config
+from tools import convert
 
 load = StableDiffusion.load
 BIG_G = "conditioner.embedders.1.model."
@@ -141,176 +141,229 @@ def test_names_as_the_published_files_have_them(family, component):
 
 # ---- single files ----
 
-# what the published single files hold besides the networks
+# what the published single files hold besides the networks, and what training or converting them may leave in them
+TEXT = "cond_stage_model."
 BESIDES = {
     "SD1.5": {
-        "alphas_cumprod": torch.ones(1000),
+        "alphas_cumprod": alphas_cumprod(layouts.SCHEDULER).half(),
         "model_ema.decay": torch.tensor(0.9999),
         "model_ema.diffusion_modelinput_blocks00weight": torch.ones(8, 4, 3, 3),
-        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+        "first_stage_model.loss.discriminator.main.0.weight": torch.ones(4, 3, 4, 4),
+        "first_stage_model.model_ema.num_updates": torch.tensor(3),
+        TEXT + "transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+        TEXT + "transformer.text_projection.weight": torch.eye(32),
+        TEXT + "transformer.vision_model.embeddings.class_embedding": torch.ones(8),
+        TEXT + "transformer.visual_projection.weight": torch.ones(8, 8),
+        TEXT + "logit_scale": torch.tensor(4.6),
     },
     "SDXL": {
         "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
-        "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6),
+        "conditioner.embedders.0.logit_scale": torch.tensor(4.6),
+        BIG_G + "logit_scale": torch.tensor(4.6),
+        "denoiser.sigmas": ((1 - alphas_cumprod(layouts.SCHEDULER)) / alphas_cumprod(layouts.SCHEDULER)).sqrt(),
     },
 }
 
 
-@pytest.fixture(params=["SD1.5", "SDXL"])
+@pytest.fixture(scope="module", params=["SD1.5", "SDXL"])
 def family(request):
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def folder(family, request):
     return request.getfixturevalue({"SD1.5": "sd15", "SDXL": "sdxl"}[family])
 
 
-@pytest.fixture
-def single_file(family, folder, tmp_path, monkeypatch):
-    """A small model as a single file. Such a file does not say its sizes; so we make the small ones official."""
+@pytest.fixture(scope="module")
+def single(family, folder, tmp_path_factory):
+    """A small model and its single file. Such a file does not say its sizes; so we make the small ones official."""
     sd = load(folder)
     small = copy.deepcopy(layouts.OFFICIAL[family])
     for component in sd.networks:
         sizes = small[component].keys() & sd.configs[component].keys() - {"eos_token_id"}
         small[component] |= {name: sd.configs[component][name] for name in sizes}
-    monkeypatch.setitem(layouts.OFFICIAL, family, small)
     tensors = dict(BESIDES[family])
     for component, network in sd.networks.items():
         tensors |= named_as_single_file(family, component, network.state_dict())
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    return tmp_path / "model.safetensors"
+    file = tmp_path_factory.mktemp("single") / "model.safetensors"
+    save_file(tensors, file, {"format": "pt", "modelspec.prediction_type": "epsilon"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(layouts.OFFICIAL, family, small)
+        yield sd, file
 
 
-def test_a_single_file_is_the_same_model_as_its_folder(single_file, folder):
-    loaded, wanted = load(single_file, tokenizer=folder), load(folder)
-    assert loaded.networks.keys() == wanted.networks.keys()
-    for name, network in loaded.networks.items():
-        assert same(network.state_dict(), wanted.networks[name].state_dict())
-    assert torch.equal(loaded.encode_prompt(["the red cat"])[0], wanted.encode_prompt(["the red cat"])[0])
+def same_model(model, other):
+    return all(same(n.state_dict(), other.networks[name].state_dict()) for name, n in model.networks.items())
 
 
-def test_community_merges_may_lack_a_prefix_in_their_text_encoder(single_file, folder):
-    def shorten(tensors):
-        return {name.replace(".transformer.text_model.", ".transformer."): w for name, w in tensors.items()}
+def spelling_of_text(name, tensor):
+    return name.replace(".transformer.text_model.", ".transformer."), tensor
 
-    rewrite(single_file, shorten)
-    loaded, wanted = load(single_file, tokenizer=folder), load(folder)
-    assert same(loaded.text_encoders[0].state_dict(), wanted.text_encoders[0].state_dict())
+
+def spelling_of_vae(names, flat):
+    def spell(name, tensor):
+        for usual, other in zip((".q.", ".k.", ".v.", ".proj_out."), names):
+            if "attn_1" in name and usual in name:
+                return name.replace(usual, other), tensor.flatten(1) if flat and tensor.dim() == 4 else tensor
+        return name, tensor
+
+    return spell
+
+
+def spelling_of_projection(name, tensor):
+    return (f"{name}.weight", tensor.T.contiguous()) if name.endswith("text_projection") else (name, tensor)
+
+
+def shape_of_projections(name, tensor):
+    if "proj_in.weight" in name or "proj_out.weight" in name:
+        tensor = tensor[:, :, None, None] if tensor.dim() == 2 else tensor.flatten(1)
+    return name, tensor
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda name, tensor: (name, tensor),
+        spelling_of_text,
+        spelling_of_vae((".to_q.", ".to_k.", ".to_v.", ".to_out.0."), flat=False),
+        spelling_of_vae((".to_q.", ".to_k.", ".to_v.", ".to_out.0."), flat=True),
+        spelling_of_projection,
+        shape_of_projections,
+    ],
+    ids=["published", "text", "vae", "flat vae", "projection", "shapes"],
+)
+def test_a_single_file_in_any_spelling_is_the_same_model_as_its_folder(single, folder, tmp_path, spell):
+    sd, file = single
+    save_file(dict(spell(*item) for item in load_file(file).items()), tmp_path / "m.safetensors")
+    loaded = load(tmp_path / "m.safetensors", tokenizer=folder)
+    assert loaded.networks.keys() == sd.networks.keys() and same_model(loaded, sd)
 
 
 def test_one_tokenizer_serves_both_encoders_of_sdxl(sdxl, tokenizer):
     # the second differs in its padding alone: "!" instead of the end token
-    sd = load(sdxl, tokenizer=tokenizer)
-    own = load(sdxl)
+    sd, own = load(sdxl, tokenizer=tokenizer), load(sdxl)
     assert torch.equal(sd.tokenizers[1](["red"]), own.tokenizers[1](["red"]))
     assert not torch.equal(sd.tokenizers[0](["red"]), sd.tokenizers[1](["red"]))
 
 
-def test_convert_writes_a_single_file_as_a_folder(single_file, folder, tmp_path, tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["layouts.py", str(single_file), str(tmp_path / "out"), "--tokenizer", str(tokenizer)]
-    )
-    layouts.main()
+def test_convert_writes_a_single_file_as_a_folder_and_back(single, family, tmp_path, tokenizer, capsys):
+    sd, file = single
+    assert exit_code(convert, file, tmp_path / "out", "--tokenizer", tokenizer) == 0
     assert capsys.readouterr().out == f"wrote {tmp_path / 'out'}\n"
-    converted, wanted = load(tmp_path / "out"), load(folder)
-    for name, network in converted.networks.items():
-        assert same(network.state_dict(), wanted.networks[name].state_dict())
-    opened = DiffusionPipeline.from_pretrained(tmp_path / "out")
-    assert same(opened.unet.state_dict(), wanted.unet.state_dict())
-
-
-def test_a_folder_becomes_the_single_file_that_it_was(single_file, family, folder, tmp_path):
-    load(folder).save(tmp_path / "again.safetensors")
-    wanted = {name: tensor for name, tensor in load_file(single_file).items() if name not in BESIDES[family]}
+    assert same_model(load(tmp_path / "out"), sd)
+    assert same(DiffusionPipeline.from_pretrained(tmp_path / "out").unet.state_dict(), sd.unet.state_dict())
+    assert exit_code(convert, tmp_path / "out", tmp_path / "again.safetensors") == 0
+    wanted = {name: tensor for name, tensor in load_file(file).items() if name not in BESIDES[family]}
     assert same(load_file(tmp_path / "again.safetensors"), wanted)
-    assert [file.name for file in tmp_path.glob("again*")] == ["again.safetensors"]
+    (tmp_path / "taken.safetensors").mkdir()
+    assert "cannot write" in refusal(sd.save, tmp_path / "taken.safetensors")
+    assert not list(tmp_path.glob("*.partial"))
 
 
-def test_what_is_not_official_makes_no_single_file(folder, tmp_path):
-    message = refusal(load(folder).save, tmp_path / "again.safetensors")
-    assert "a single file cannot tell what it is" in message and not list(tmp_path.glob("again*"))
-
-
-def test_a_single_file_that_cannot_be_written_is_refused(single_file, folder, tmp_path):
-    (tmp_path / "again.safetensors").mkdir()
-    assert "cannot write" in refusal(load(folder).save, tmp_path / "again.safetensors")
-
-
-def test_a_single_file_needs_a_tokenizer(single_file):
-    assert "a single file holds no tokenizer; give the folder of one" in refusal(load, single_file)
-
-
-def test_a_single_file_that_has_lost_a_tensor_is_refused_by_name(single_file, tokenizer):
-    rewrite(single_file, lambda tensors: {k: t for k, t in tensors.items() if k != "first_stage_model.quant_conv.bias"})
-    assert "vae: the tensors do not fit the config: 1 missing (first_stage_model.quant_conv.bias)" in refusal(
-        load, single_file, tokenizer=tokenizer
-    )
-
-
-def test_an_inpainting_single_file_is_refused(single_file, tokenizer):
-    # its UNet sees latents, masked latents and mask: 4 + 4 + 1 channels
-    name = "model.diffusion_model.input_blocks.0.0.weight"
-    rewrite(single_file, lambda tensors: tensors | {name: torch.ones(8, 9, 3, 3)})
-    assert f"{name} is (8, 9, 3, 3), should be (8, 4, 3, 3)" in refusal(load, single_file, tokenizer=tokenizer)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "ddim_eps"])
+def test_a_flow_stays_one_as_a_single_file(single, tmp_path, tokenizer, prediction_type):
+    """By our metadata; or, where other tools have lost it, by what the user says."""
+    sd, file = single
+    options = ["--windows", 4, "--prediction-type", prediction_type]
+    assert exit_code(convert, file, tmp_path / "flow.safetensors", "--tokenizer", tokenizer, *options) == 0
+    bare = tmp_path / "bare.safetensors"
+    save_file(load_file(tmp_path / "flow.safetensors"), bare)
+    for source, said in (tmp_path / "flow.safetensors", []), (bare, options):
+        assert exit_code(convert, source, tmp_path / "out", "--tokenizer", tokenizer, *said) == 0
+        assert load(tmp_path / "out").configs["scheduler"] == flow_scheduler(sd, 4, prediction_type=prediction_type)
+        assert load(tmp_path / "out").windows == 4
 
 
 @pytest.mark.parametrize(
-    "names, complaint",
+    "part, setting, value", [("vae", "scaling_factor", 0.5), ("unet", "attention_head_dim", [1] * 4)]
+)
+def test_what_is_not_official_makes_no_single_file(sd15, tmp_path, part, setting, value):
+    sd = load(sd15)
+    message = refusal(sd.save, tmp_path / "again.safetensors")
+    assert "a single file cannot tell what it is" in message and not list(tmp_path.glob("again*"))
+    with pytest.MonkeyPatch.context() as patch:  # even where all shapes are official
+        official = copy.deepcopy(layouts.SD15)
+        for name in sd.networks:
+            official[name] |= {k: v for k, v in sd.configs[name].items() if k in official[name]}
+        official[part][setting] = value
+        patch.setitem(layouts.OFFICIAL, "SD1.5", official)
+        assert f"the {part} is none of SD1.5 ({setting})" in refusal(sd.save, tmp_path / "again.safetensors")
+
+
+def test_a_single_file_that_cannot_be_used_is_refused_by_name(single, family, tokenizer, tmp_path):
+    _, file = single
+    assert "a single file holds no tokenizer; give the folder of one" in refusal(load, file)
+    assert "has no variants" in refusal(load, file, tokenizer=tokenizer, variant="fp16")
+    tensors, changed = load_file(file), tmp_path / "m.safetensors"
+    lost, inpainting = "first_stage_model.quant_conv.bias", "model.diffusion_model.input_blocks.0.0.weight"
+    save_file({name: t for name, t in tensors.items() if name != lost}, changed)
+    assert f"do not fit the config: 1 missing ({lost})" in refusal(load, changed, tokenizer=tokenizer)
+    save_file(tensors | {inpainting: torch.ones(8, 9, 3, 3)}, changed)
+    assert "is (8, 9, 3, 3), should be (8, 4, 3, 3)" in refusal(load, changed, tokenizer=tokenizer)
+
+
+SD, XL = [" ".join(prefix + "x" for prefix in layouts.PREFIXES[family].values()) for family in ("SD1.5", "SDXL")]
+ZERO_SNR = torch.linspace(0.999, 0, 1000)
+
+
+@pytest.mark.parametrize(
+    "names, metadata, complaint",
     [
-        ("model.diffusion_model.x first_stage_model.x cond_stage_model.model.x", "a Stable Diffusion 2 checkpoint"),
-        ("model.diffusion_model.x first_stage_model.x conditioner.embedders.0.model.x", "the SDXL refiner"),
-        ("model.diffusion_model.x v_pred", "predicts v, not epsilon"),
-        ("model.diffusion_model.x", "the file has no vae"),
-        ("model.diffusion_model.x first_stage_model.x", "the file has no text_encoder"),
-        ("conv_in.weight", "the file has no unet (no tensor begins with model.diffusion_model.)"),
-        ("", "the file has no unet"),
+        ("model.diffusion_model.x first_stage_model.x cond_stage_model.model.x", {}, "this is Stable Diffusion 2"),
+        ("model.diffusion_model.x first_stage_model.x conditioner.embedders.0.model.x", {}, "the SDXL refiner"),
+        ("model.diffusion_model.joint_blocks.0.x", {}, "Stable Diffusion 3"),
+        ("lora_unet_x", {}, "a LoRA"),
+        (XL + " v_pred ztsnr", {}, "predicts v, not epsilon"),
+        (XL + " edm_mean", {}, "an EDM model"),
+        ("model.diffusion_model.x", {}, "the file has no vae"),
+        ("model.diffusion_model.x first_stage_model.x", {}, "the file has no text_encoder"),
+        ("conv_in.weight", {}, "the file has no unet (no tensor begins with model.diffusion_model.)"),
+        (XL, {"modelspec.prediction_type": "v"}, "its metadata says modelspec.prediction_type = v"),
+        (XL, {"modelspec.predict_key": "v"}, "modelspec.predict_key = v"),
+        (SD, {"ss_v_parameterization": "True"}, "ss_v_parameterization = True"),
+        (SD, {"modelspec.architecture": "stable-diffusion-v2-768-v"}, "modelspec.architecture = stable-diffusion-v2"),
+        (XL, {"modelspec.architecture": "stable-diffusion-v1"}, "only SDXL that predicts epsilon"),
+        (SD, {"scheduler.num_time_windows": "{"}, "the scheduler settings in its metadata are damaged"),
+        (SD, {"scheduler.num_time_windows": '"four"'}, "num_time_windows = 'four' is not a number from 1 to 1000"),
+        (SD + " alphas_cumprod", {}, "its alphas_cumprod is another noise schedule"),
+        (XL + " denoiser.sigmas", {}, "its denoiser.sigmas is another noise schedule"),
+        (SD + " betas", {}, "its betas is another noise schedule"),
     ],
 )
-def test_other_single_files_are_refused_for_what_they_are(tmp_path, names, complaint):
-    save_file({name: torch.zeros(1) for name in names.split()}, tmp_path / "m.safetensors")
+def test_other_single_files_are_refused_for_what_they_are(tmp_path, names, metadata, complaint):
+    save_file({name: ZERO_SNR.clone() for name in names.split()}, tmp_path / "m.safetensors", metadata)
     assert complaint in refusal(load, tmp_path / "m.safetensors")
 
 
 # ---- folders of other times ----
 
 
-@pytest.mark.parametrize("as_convolutions", [False, True])
-def test_vae_folders_until_2023_have_other_names_for_attention(sd15_copy, sd15, as_convolutions):
-    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
-
-    def rename(tensors):
-        renamed = {}
-        for key, tensor in tensors.items():
-            if ".attentions." in key:
-                for new, name in old.items():
-                    key = key.replace(new, name)
-                if as_convolutions and tensor.dim() == 2:
-                    tensor = tensor[:, :, None, None]
-            renamed[key] = tensor
-        return renamed
-
-    rewrite(sd15_copy / "vae" / UNET_FILE, rename)
-    assert same(load(sd15_copy).vae.state_dict(), load(sd15).vae.state_dict())
-
-
-@pytest.mark.parametrize("prefix", ["", "text_model."])
-def test_text_encoders_are_written_with_and_without_a_prefix(sd15_copy, sd15, prefix):
-    def rename(tensors):
-        return {prefix + key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
-
-    rewrite(sd15_copy / "text_encoder/model.safetensors", rename)
-    assert same(load(sd15_copy).text_encoders[0].state_dict(), load(sd15).text_encoders[0].state_dict())
-
-
-@pytest.mark.parametrize("prefix", ["", "text_model."])
-def test_old_text_encoders_hold_a_counter_that_is_no_parameter(sd15_copy, sd15, prefix):
-    def add(tensors):
-        named = {prefix + key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
-        return named | {f"{prefix}embeddings.position_ids": torch.arange(77)[None]}
-
-    rewrite(sd15_copy / "text_encoder/model.safetensors", add)
-    assert same(load(sd15_copy).text_encoders[0].state_dict(), load(sd15).text_encoders[0].state_dict())
+@pytest.mark.parametrize(
+    "part, old, as_convolutions",
+    [
+        ("vae", {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}, False),
+        ("vae", {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}, True),
+        ("text_encoder", {"text_model.": ""}, False),
+        ("text_encoder", {"": "text_model."}, False),
+    ],
+)
+def test_folders_of_other_times_have_other_names(sd15, part, old, as_convolutions):
+    """VAEs until 2023; text encoders with and without a prefix, and with a counter that is no parameter."""
+    wanted = load_file(next((sd15 / part).glob("*.safetensors")))
+    stored = {}
+    for name, tensor in wanted.items():
+        if part == "text_encoder" and name.startswith("text_model.") == ("" in old):
+            old = {"text_model.": ""}
+        for usual, other in old.items():
+            if part == "text_encoder" or ".attentions." in name:
+                name = other + name if not usual else name.replace(usual, other)
+        if as_convolutions and ".attentions." in name and tensor.dim() == 2:
+            tensor = tensor[:, :, None, None]
+        stored[name] = tensor
+    keys = build(*[NETWORKS[part][0], read_config(NETWORKS[part][1], read(sd15 / part / "config.json"), part)])
+    sources = layouts.sources_in_folder(keys.state_dict(), stored.keys())
+    assert {name for name, _ in sources.values()} == stored.keys()
 
 
 # ---- weight differences ----
@@ -324,71 +377,63 @@ def delta(sd15, tmp_path):
     return file
 
 
-def test_base_and_difference_make_a_flow(sd15, delta, tmp_path, monkeypatch):
-    argv = ["layouts.py", sd15, tmp_path / "flow", "--delta", delta, "--windows", "4", "--prediction-type", "diff_eps"]
-    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-    layouts.main()
+def test_base_and_difference_make_a_flow_and_the_flow_the_difference(sd15, delta, tmp_path):
+    options = ["--delta", delta, "--windows", 4, "--prediction-type", "diff_eps"]
+    assert exit_code(convert, sd15, tmp_path / "flow", *options) == 0
     flow, base = load(tmp_path / "flow"), load(sd15)
     assert flow.windows == 4 and flow.prediction_type == "diff_eps" and base.windows is None
-    assert read(tmp_path / "flow/scheduler/scheduler_config.json")["_class_name"] == "PeRFlowScheduler"
     assert same(flow.unet.state_dict(), {key: w + 0.25 for key, w in base.unet.state_dict().items()})
     assert same(flow.vae.state_dict(), base.vae.state_dict())
     assert same(DiffusionPipeline.from_pretrained(tmp_path / "flow").unet.state_dict(), flow.unet.state_dict())
-
-
-def test_a_difference_is_added_in_float32_and_rounded_once(sd15, delta):
-    sd, base = load(sd15, dtype=torch.float16), load(sd15, dtype=torch.float16).unet.conv_in.weight
-    add_delta(sd, delta, windows=4, prediction_type="ddim_eps")
-    assert torch.equal(sd.unet.conv_in.weight, (base.float() + 0.25).half())
-
-
-def test_a_difference_of_another_network_is_refused(sd15, delta):
-    rewrite(delta, lambda tensors: tensors | {"conv_in.weight": torch.ones(8, 9, 3, 3)})
-    assert "conv_in.weight is (8, 9, 3, 3)" in refusal(add_delta, load(sd15), delta, 4, "diff_eps")
-
-
-def test_a_flow_becomes_the_difference_that_it_was_made_of(sd15, delta, tmp_path, monkeypatch, capsys):
-    argv = ["layouts.py", sd15, tmp_path / "flow", "--delta", delta, "--windows", "4", "--prediction-type", "diff_eps"]
-    again = ["layouts.py", tmp_path / "flow", tmp_path / "again.safetensors", "--difference-from", sd15]
-    for command in argv, again:
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        layouts.main()
-    found, wanted = load_file(tmp_path / "again.safetensors"), load_file(delta)
+    again = tmp_path / "again.safetensors"
+    assert exit_code(convert, tmp_path / "flow", again, "--difference-from", sd15) == 0
+    found, wanted = load_file(again), load_file(delta)
     assert found.keys() == wanted.keys()
     for key, difference in wanted.items():
         torch.testing.assert_close(found[key], difference, rtol=0, atol=1e-6)
-    assert "does not say that it is a flow of 4 windows, diff_eps" in capsys.readouterr().out
+    assert "is a flow of 4 windows already" in refusal(convert.add_delta, flow, delta)
+    assert "a flow of 4 windows, diff_eps, already" in refusal(convert.declare_flow, flow, 2, "diff_eps")
 
 
-def test_a_difference_needs_two_of_a_kind(sd15, sdxl, tmp_path):
-    assert "not built alike" in refusal(save_delta, load(sdxl), load(sd15), tmp_path / "delta.safetensors")
-    assert not list(tmp_path.iterdir())
+def test_a_difference_is_added_in_float32_and_rounded_once_where_little_is_lost(sd15, delta):
+    sd, base = load(sd15, dtype=torch.float16), load(sd15, dtype=torch.float16).unet.conv_in.weight
+    convert.add_delta(sd, delta)
+    assert torch.equal(sd.unet.conv_in.weight, (base.float() + 0.25).half())
+    rewrite(delta, lambda tensors: {name: 1e-4 * tensor for name, tensor in tensors.items()})
+    assert "of the difference would be lost; add it to a base stored in float32" in refusal(
+        convert.add_delta, load(sd15, dtype=torch.bfloat16), delta
+    )
+
+
+def test_a_difference_needs_two_of_a_kind(sd15, sdxl, delta, tmp_path):
+    assert "not built alike" in refusal(convert.save_delta, load(sdxl), load(sd15), tmp_path / "new.safetensors")
+    rewrite(delta, lambda tensors: tensors | {"conv_in.weight": torch.ones(8, 9, 3, 3)})
+    assert "conv_in.weight is (8, 9, 3, 3)" in refusal(convert.add_delta, load(sd15), delta)
 
 
 # ---- the command ----
 
 
-def run(*arguments):
-    command = [sys.executable, layouts.__file__, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--delta", "F"], "a flow needs both --windows and --prediction-type"),
+        (["--windows", 4], "a flow needs both --windows and --prediction-type"),
+        (["--prediction-type", "epsilon"], "a flow needs both --windows and --prediction-type"),
+        (["--difference-from", "BASE"], "let OUT end in .safetensors"),
+        (["--windows", 0, "--prediction-type", "epsilon"], "num_time_windows = 0 is not a number from 1 to 1000"),
+        (["--variant", "v0"], "has no weights of variant 'v0'"),
+    ],
+)
+def test_options_without_an_effect_are_errors(sd15, tmp_path, options, complaint, capsys):
+    assert exit_code(convert, sd15, tmp_path / "out", *options) == 2
+    assert complaint in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_one_line_and_code_2_when_it_cannot_go_on(tmp_path):
-    result = run(tmp_path / "nothing.safetensors", tmp_path / "out")
+    line = command(convert, tmp_path / "nothing.safetensors", tmp_path / "out")
+    result = subprocess.run(line, capture_output=True, text=True, env=ONE_THREAD)
     assert result.returncode == 2
     assert result.stderr == f"error: {tmp_path / 'nothing.safetensors'} does not exist; check the path\n"
     assert not (tmp_path / "out").exists()
-
-
-def test_a_difference_needs_to_be_told_what_it_is(sd15, delta, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["layouts.py", str(sd15), str(tmp_path / "out"), "--delta", str(delta)])
-    with pytest.raises(SystemExit, match="2"):
-        layouts.main()
-    assert "--delta also needs --windows and --prediction-type" in capsys.readouterr().err
-
-
-def test_a_difference_is_written_into_one_file(sd15, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["layouts.py", str(sd15), str(tmp_path / "out"), "--difference-from", str(sd15)])
-    with pytest.raises(SystemExit, match="2"):
-        layouts.main()
-    assert "let OUT end in .safetensors" in capsys.readouterr().err

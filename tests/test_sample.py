@@ -1,6 +1,6 @@
 """From prompts to images: the same as diffusers' pipelines, and what the command line promises."""
 
-import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,10 +15,7 @@ from PIL import Image
 import model
 import reflow
 import sample
-from model import StableDiffusion, guided_epsilon
-from support.captions import read_prompts
-from support.files import make_folder
-from support.images import save_png, settings_of_png
+from model import StableDiffusion
 from support.streams import draw_noise
 
 ROOT = Path(sample.__file__).parent
@@ -32,12 +29,6 @@ def command(*arguments, processes=1):
 
 def run(*arguments):
     return exit_code(sample, *arguments)
-
-
-def make_flow(folder):
-    """Declare a diffusion model to be a flow with 4 windows, which is what a student is before its first update."""
-    settings = {"_class_name": "PeRFlowScheduler", "num_time_windows": 4, "prediction_type": "ddim_eps"}
-    edit(folder / "scheduler/scheduler_config.json", **settings)
 
 
 PIPELINES = [
@@ -68,9 +59,7 @@ def test_a_whole_run_gives_the_images_of_diffusers(request, model, scheduler, sa
         prompts, negative_prompt=[negative_prompt] * 2 if negative_prompt else None, num_inference_steps=8,
         guidance_scale=3.0, latents=noise, output_type="np", height=64, width=64,
     ).images  # fmt: skip
-    images = sample.generate(
-        sd, prompts, 8, 3.0, negative_prompt=negative_prompt or "", sampler=sampler, latents=noise
-    )
+    images = sample.generate(sd, prompts, 8, 3.0, negative_prompt=negative_prompt or "", sampler=sampler, latents=noise)
     assert images.shape == (2, 64, 64, 3) and images.dtype == np.uint8 and images.std() > 5
     assert np.abs(images / 255 - expected).max() < 1.5 / 255  # at most one level, from rounding
 
@@ -84,21 +73,7 @@ def test_a_compiled_network_is_one_graph_and_compiled_once_for_all_steps(sdxl):
     assert (images == expected).all() and len(graphs) == 1
 
 
-def test_a_flow_walks_its_windows(sd15_copy):
-    """With a step per window, a flow in form ddim_eps is DDIM, but for the network's clock: tau, not tau - 1."""
-    diffusion = StableDiffusion.load(sd15_copy)
-    make_flow(sd15_copy)
-    flow = StableDiffusion.load(sd15_copy)
-    noise = draw_noise(0, [0], (4, 8, 8))
-    with torch.no_grad():
-        epsilon = guided_epsilon(diffusion, ["the cat"], 2.0, "", 64, 64)
-        z = reflow.ddim(lambda z, tau: epsilon(z, tau + 1), noise, flow.alphas_cumprod, torch.tensor(reflow.borders(4)))
-        expected = diffusion.decode(z)
-    image = sample.generate(flow, ["the cat"], 4, 2.0, latents=noise)
-    assert np.abs(image[0] - (expected[0].permute(1, 2, 0).numpy() + 1) * 127.5).max() < 1.01
-
-
-def test_a_image_depends_on_seed_and_number_alone(sd15):
+def test_an_image_depends_on_seed_and_number_alone(sd15):
     sd = StableDiffusion.load(sd15)
     prompts = ["a red cat", "the cat", "a cat"]
     together = sample.generate(sd, prompts, 3, 2.0, seed=5)
@@ -108,25 +83,32 @@ def test_a_image_depends_on_seed_and_number_alone(sd15):
     assert np.abs(sample.generate(sd, ["a cat"], 3, 2.0, seed=6, indices=[2])[0].astype(int) - together[2]).max() > 10
 
 
-def test_noise_is_new_for_every_seed_and_every_number():
-    draws = {
-        (seed, i): draw_noise(seed, [i], (4, 8, 8)) for seed in (0, 1, 2**32 - 1) for i in (0, 1, 2**32 - 1)
-    }
-    values = [tuple(noise.flatten()[:3].tolist()) for noise in draws.values()]
-    assert len(set(values)) == len(values)
-    big = draw_noise(0, list(range(50)), (4, 16, 16))
-    assert abs(big.mean()) < 0.02 and abs(big.std() - 1) < 0.02
+@pytest.mark.parametrize("perflow", [False, True], ids=["flow trained here", "PeRFlow's"])
+def test_a_flow_in_one_step_a_window_is_ddim_between_boundaries(sd15_copy, perflow):
+    """Networks are asked at tau - 1, PeRFlow's at tau."""
+    diffusion = StableDiffusion.load(sd15_copy)
+    settings = {"_class_name": "PeRFlowScheduler", "prediction_type": "ddim_eps"} if perflow else {}
+    edit(sd15_copy / "scheduler/scheduler_config.json", num_time_windows=4, **settings)
+    flow, noise = StableDiffusion.load(sd15_copy), draw_noise(0, [0], (4, 8, 8))
+    with torch.no_grad():
+        epsilon = diffusion.epsilon(diffusion.conditions(["the cat"], 64, 64), 2.0, diffusion.conditions([""], 64, 64))
+        grid = torch.tensor(reflow.boundaries(4))
+        z = reflow.ddim(lambda z, tau: epsilon(z, tau + perflow), noise, flow.alphas_cumprod, grid)
+        expected = diffusion.decode(z)
+    image = sample.generate(flow, ["the cat"], 4, 2.0, latents=noise)
+    assert np.abs(image[0] - (expected[0].permute(1, 2, 0).numpy() + 1) * 127.5).max() < 1.01
+    message = refusal(sample.generate, flow, ["a cat"], 3)
+    assert message == "--steps must be from 4 to 1000 (the model has 4 windows), not 3"
+    assert "use flow" in refusal(sample.generate, flow, ["a cat"], 4, sampler="ddim")
 
 
-def test_guidance_of_one_is_the_model_alone(sd15):
+def test_guidance_leads_away_from_the_unconditional_noise(sd15):
     sd = StableDiffusion.load(sd15)
     z, tau = draw_noise(0, [0], (4, 8, 8)), torch.tensor([500])
+    cat, nothing = sd.conditions(["the cat"], 64, 64), sd.conditions([""], 64, 64)
     with torch.no_grad():
-        alone, nothing, guided = (
-            guided_epsilon(sd, [prompt], scale, "", 64, 64)(z, tau)
-            for prompt, scale in [("the cat", 1), ("", 1), ("the cat", 3)]
-        )
-    torch.testing.assert_close(guided, nothing + 3 * (alone - nothing))
+        cond, uncond, guided = (sd.epsilon(*given)(z, tau) for given in ((cat, 1), (nothing, 1), (cat, 3, nothing)))
+    torch.testing.assert_close(guided, uncond + 3 * (cond - uncond))
 
 
 def test_the_command_writes_images_that_know_how_they_were_made(sd15, tmp_path):
@@ -152,7 +134,7 @@ def test_the_command_writes_images_that_know_how_they_were_made(sd15, tmp_path):
         assert len(image.text.pop("weights")) == 12
         assert image.text == {
             "prompt": "the red", "index": "2", "negative_prompt": "日本", "seed": "7", "steps": "2", "guidance": "2.5",
-            "sampler": "ddim", "size": "64", "dtype": "float32", "model": "sd15",
+            "sampler": "ddim", "size": "64", "dtype": "float32", "model": "sd15", "software": "proreflow",
         }  # fmt: skip
 
 
@@ -170,22 +152,46 @@ def test_a_repeated_run_makes_only_what_is_missing_or_was_made_otherwise(sd15, t
     assert made == [[0, 1, 2], [1, 2], [0, 1, 2]]
 
 
-def test_images_of_a_model_trained_on_are_made_anew(sd15_copy, tmp_path):
-    arguments = ["--model", sd15_copy, "--prompt", "a cat", "--steps", 1, "--out", tmp_path / "out"]
-    run(*arguments)
-    before = (tmp_path / "out/00000.png").read_bytes()
-    sd = StableDiffusion.load(sd15_copy)
-    sd.unet.conv_out.weight.mul_(0.5)
-    sd.save(sd15_copy)
-    run(*arguments)
-    assert (tmp_path / "out/00000.png").read_bytes() != before
+def flipped(folder, component, stem, part):
+    """Change the weights whose names hold `part`, and nothing else."""
+    helpers.rewrite(
+        folder / component / f"{stem}.safetensors", lambda ts: {k: -w if part in k else w for k, w in ts.items()}
+    )
 
 
-def test_a_word_that_the_model_never_learned_is_a_notice(sd15, tmp_path, capsys):
-    assert run("--model", sd15, "--prompt", "the cat, a zebra", "--steps", 1, "--out", tmp_path) == 0
-    assert "notice: words that this model never learned: zebra\n" in capsys.readouterr().err
+CHANGES = {
+    "a merged LoRA": lambda folder: flipped(folder, "unet", "diffusion_pytorch_model", "attn2.to_q"),
+    "another VAE": lambda folder: flipped(folder, "vae", "diffusion_pytorch_model", "decoder.conv_out.weight"),
+    "another text encoder": lambda folder: flipped(folder, "text_encoder", "model", "layers.0"),
+    "the latents' scale": lambda folder: edit(folder / "vae/config.json", scaling_factor=0.5),
+    "the schedule": lambda folder: edit(folder / "scheduler/scheduler_config.json", num_time_windows=1),
+}
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_images_are_made_anew_when_the_model_has_changed(sd15_copy, tmp_path, change):
+    arguments = ["--model", sd15_copy, "--prompt", "a cat", "--steps", 1, "--guidance", 1, "--out", tmp_path / "out"]
+    for folder in "before", "after":
+        assert run(*arguments) == 0
+        shutil.copytree(tmp_path / "out", tmp_path / folder)
+        CHANGES[change](sd15_copy)
+    before, after = ((tmp_path / folder / "00000.png").read_bytes() for folder in ("before", "after"))
+    assert before != after
+
+
+def test_what_has_no_effect_or_another_one_is_a_notice(sd15, tmp_path, capsys):
+    (tmp_path / "00007.png").write_bytes(b"of another run")
+    arguments = ["--model", sd15, "--prompt", "the cat, a zebra", "--steps", 1, "--out", tmp_path]
+    assert run(*arguments, "--guidance", 1, "--negative-prompt", "red") == 0
+    notices = capsys.readouterr().err
+    assert "notice: words that this model never learned: zebra\n" in notices
+    assert "notice: --negative-prompt has no effect without guidance (--guidance 1)\n" in notices
+    assert "also holds 1 images that are not of this run" in notices
+    assert run(*arguments, "--guidance", 0) == 0
+    assert "notice: --guidance 0 ignores the prompt; 1 is no guidance\n" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_two_processes_make_the_images_of_one(sd15, tmp_path):
     arguments = ["--model", sd15, "--prompt", "a cat", "a red cat", "the cat", "--steps", 2, "--guidance", 2]
     one, two = (
@@ -207,7 +213,7 @@ def test_other_sizes_and_dtypes_work(sd15):
 def test_nothing_is_read_back_from_the_device_until_the_images_are_there(request, monkeypatch, folder, sampler):
     flow = {"_class_name": "PeRFlowScheduler", "num_time_windows": 2} if sampler == "flow" else {}
     sd = helpers.shapes_only(request.getfixturevalue(folder), **flow)
-    monkeypatch.setattr(sample, "to_pixels", lambdan images: images)
+    monkeypatch.setattr(sample, "to_pixels", lambda images: images)
     images = sample.generate(sd, ["a cat", "the cat"], 3, 4.0, sampler=sampler)
     assert (images.device.type, images.shape) == ("meta", (2, 3, 64, 64))  # where nothing can be read
 
@@ -223,37 +229,17 @@ def test_images_decoded_in_less_memory_are_the_same(sd15, tmp_path, monkeypatch)
         assert np.abs(images[0] - images[1]).max() <= 1
 
 
-def test_prompts_come_from_lines_or_from_coco_captions(tmp_path):
-    (tmp_path / "p.txt").write_text("  a cat \n\n日本 語\n", encoding="utf-8")
-    assert read_prompts(tmp_path / "p.txt") == ["a cat", "日本 語"]
-    annotations = [
-        {"image_id": 9, "id": 4, "caption": "second of 9"},
-        {"image_id": 9, "id": 3, "caption": " first of\n9. "},
-        {"image_id": 2, "id": 8, "caption": "of 2"},
-    ]
-    (tmp_path / "c.json").write_text(json.dumps({"images": [], "annotations": annotations}))
-    assert read_prompts(tmp_path / "c.json") == ["of 2", "first of 9."]
-
-
-def test_a_bad_prompt_file_is_an_error(tmp_path):
-    (tmp_path / "empty.txt").write_text("\n  \n")
-    (tmp_path / "other.json").write_text('{"images": []}')
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    assert "holds no prompts; write one per line" in refusal(read_prompts, tmp_path / "empty.txt")
-    assert "not a COCO captions JSON" in refusal(read_prompts, tmp_path / "other.json")
-    assert "cannot read the prompts" in refusal(read_prompts, tmp_path / "binary.txt")
-    assert "cannot read the prompts" in refusal(read_prompts, tmp_path / "missing.txt")
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--size", "100"], "size 100 does not fit: it must be a multiple of 8 pixels"),
-        (["--sampler", "flow"], "sampler flow does not fit: the model is a diffusion model; use ddim or dpm++"),
-        (["--steps", "0"], "steps must be from 1 to 1000, not 0"),
-        (["--n", "0"], "--n and --batch-size must be at least 1"),
+        (["--size", "100"], "--size 100 does not fit: it must be a multiple of 8 pixels"),
+        (["--sampler", "flow"], "--sampler flow does not fit: the model is a diffusion model; use ddim or dpm++"),
+        (["--steps", "0"], "--steps: must be"),
+        (["--n", "0"], "--n: must be"),
         (["--model", "nowhere"], "nowhere"),
-        (["--seed", "-1"], "seed must be from 0 to 2^32 - 1, not -1"),
+        (["--seed", "-1"], "--seed: must be"),
+        (["--guidance", "nan"], "--guidance: must be"),
+        (["--batch-size", "0"], "--batch-size: must be"),
         (["--device", "cuda"], "device cuda cannot be used here"),
     ],
 )
@@ -266,27 +252,7 @@ def test_a_wrong_argument_is_one_clear_line_and_exit_code_2(sd15, tmp_path, caps
     assert error.startswith("error: ") and message in error
 
 
-def test_a_flow_needs_a_step_per_window(sd15_copy):
-    make_flow(sd15_copy)
-    flow = StableDiffusion.load(sd15_copy)
-    message = refusal(sample.generate, flow, ["a cat"], 3)
-    assert message == "steps must be from 4 to 1000 (the model has 4 windows), not 3"
-    assert "use flow" in refusal(sample.generate, flow, ["a cat"], 4, sampler="ddim")
-
-
-def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "cannot write to" in refusal(make_folder, tmp_path / "file/out")
-
-
-def test_a_image_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    def fail_midway(self, file, **_):
-        file.write_bytes(b"half of an image")
-        raise OSError("No space left on device")
-
-    image = np.zeros((8, 8, 3), np.uint8)
-    save_png(image, tmp_path / "a.png", {"prompt": "x"})
-    monkeypatch.setattr(Image.Image, "save", fail_midway)
-    with pytest.raises(OSError, match="No space left"):
-        save_png(image + 1, tmp_path / "a.png", {"prompt": "y"})
-    assert settings_of_png(tmp_path / "a.png") == {"prompt": "x"}  # the older one, whole
+def test_a_folder_where_an_image_should_be_is_refused_before_the_work(sd15, tmp_path, capsys):
+    (tmp_path / "00000.png").mkdir()
+    assert run("--model", sd15, "--prompt", "a cat", "--steps", 1, "--out", tmp_path) == 2
+    assert "00000.png is a folder" in capsys.readouterr().err

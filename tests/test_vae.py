@@ -7,9 +7,9 @@ from helpers import randomize
 from parity import draw, without_class
 
 from support import layouts
-from support.errors import InputError
+from support.bands import decode_in_bands
 from support.weights import build, read_config
-from vae import VAE, VAEConfig, decode_in_bands
+from vae import VAE, VAEConfig
 
 SMALL = layouts.SD15["vae"] | {"block_out_channels": [32, 32, 64, 64]}
 
@@ -53,17 +53,3 @@ def test_log_variance_stays_where_its_exponential_is_finite():
     vae.quant_conv.bias[4:] = torch.tensor([1e4, -1e4, 1e4, -1e4])
     _, log_variance = vae.encode(draw(1, 3, 32, 32))
     assert log_variance.min() == -30 and log_variance.max() == 20
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"use_quant_conv": False}, "use_quant_conv = False is not supported, only True"),
-        ({"shift_factor": 0.1}, "shift_factor = 0.1 is not supported"),
-        ({"latents_mean": [0, 0, 0, 0]}, "latents_mean"),
-        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "only 'DownEncoderBlock2D'"),
-    ],
-)
-def test_a_setting_that_is_not_supported_is_refused_by_name(change, message):
-    with pytest.raises(InputError, match=message):
-        read_config(VAEConfig, SMALL | change, "vae")

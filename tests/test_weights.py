@@ -1,34 +1,37 @@
-"""checkpoint.py: whichever official form the files have, the same tensors arrive; anything else is refused by name."""
+"""weights.py: whichever official form the files have, the same tensors arrive; anything else is refused by name."""
 
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit, read, refusal, rewrite, same, write
+from helpers import ROOT, edit, read, refusal, rewrite, same, write
 from safetensors.torch import load_file, save_file
 
-from model import StableDiffusion
-from support.weights import build, read_config
+from model import NETWORKS, StableDiffusion
+from support import layouts
+from support.errors import InputError
+from support.files import read_json, replaced, write_text
+from support.weights import build, find_tensors, read_config
 from unet import UNet, UNetConfig
 
 load = StableDiffusion.load
-UNET_FILE, TEXT_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
+STEM = "diffusion_pytorch_model"
+UNET_FILE, TEXT_FILE = f"{STEM}.safetensors", "model.safetensors"
 
 
 def half(tensors):
     return {name: tensor.half() for name, tensor in tensors.items()}
 
 
-def shard(folder, index):
+def shard(folder, index, variant):
     """Cut the weight file of a folder in two, with an index of the given name."""
     tensors = load_file(folder / UNET_FILE)
     (folder / UNET_FILE).unlink()
     weight_map = {}
     for i, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
-        file = f"diffusion_pytorch_model-0000{i}-of-00002.safetensors"
+        file = f"{STEM}{variant}-0000{i}-of-00002.safetensors"
         save_file({name: tensors[name] for name in names}, folder / file)
         weight_map |= dict.fromkeys(names, file)
     write(folder / index, {"metadata": {"total_size": 0}, "weight_map": weight_map})
@@ -44,44 +47,52 @@ def test_a_folder_gives_exactly_the_tensors_of_its_files(sd15):
     assert not any(p.requires_grad for p in sd.unet.parameters()) and not sd.unet.training
 
 
-def test_of_two_variants_float16_is_read_only_for_float16(sd15_copy):
-    # the variant is given other values, so that we see which file was read
-    tensors = load_file(sd15_copy / "unet" / UNET_FILE)
-    variant = {name: 2 * tensor for name, tensor in half(tensors).items()}
-    save_file(variant, sd15_copy / "unet/diffusion_pytorch_model.fp16.safetensors")
-    assert same(load(sd15_copy, dtype=torch.float32).unet.state_dict(), tensors)
-    assert same(load(sd15_copy, dtype=None).unet.state_dict(), tensors)
-    assert same(load(sd15_copy, dtype=torch.float16).unet.state_dict(), variant)
-
-
-def test_a_folder_with_only_the_float16_variant_loads_in_any_dtype(sd15_copy):
-    for name, stem in ("unet", UNET_FILE), ("vae", UNET_FILE), ("text_encoder", TEXT_FILE):
-        file = sd15_copy / name / stem
-        rewrite(file, half)
-        file.rename(file.with_name(stem.replace(".safetensors", ".fp16.safetensors")))
-    for dtype, found in (torch.float32, torch.float32), (torch.float16, torch.float16), (None, torch.float16):
-        sd = load(sd15_copy, dtype=dtype)
-        assert {p.dtype for network in sd.networks.values() for p in network.parameters()} == {found}
-
-
-def test_non_ema_weights_beside_the_others_are_not_read(sd15_copy, sd15):
-    for name in "non_ema.safetensors", "non_ema.bin":
-        (sd15_copy / f"unet/diffusion_pytorch_model.{name}").write_bytes(b"nobody opens this")
-    assert same(load(sd15_copy).unet.state_dict(), load(sd15).unet.state_dict())
+@pytest.mark.parametrize(
+    "index", ["{}.safetensors.index{}.json", "{}.safetensors{}.index.json", "{}{}.safetensors.index.json"]
+)
+@pytest.mark.parametrize("variant", ["", ".fp16", ".v0-fix"])
+def test_shards_are_found_by_every_spelling_of_an_index(tmp_path, index, variant):
+    tensors = {name: torch.ones(1) for name in "abc"}
+    save_file(tensors, tmp_path / UNET_FILE)
+    shard(tmp_path, index.format(STEM, variant), variant)
+    assert find_tensors(tmp_path, STEM, None).keys() == tensors.keys()
 
 
 @pytest.mark.parametrize(
-    "index",
+    "names, dtype, variant, taken",
     [
-        "diffusion_pytorch_model.safetensors.index.json",
-        "diffusion_pytorch_model.safetensors.index.fp16.json",
-        "diffusion_pytorch_model.safetensors.fp16.index.json",
-        "diffusion_pytorch_model.fp16.safetensors.index.json",
+        (["", ".non_ema", ".fp16"], torch.float32, None, ""),
+        (["", ".fp16"], None, None, ""),
+        (["", ".fp16"], torch.float16, None, ".fp16"),
+        ([".fp16"], torch.float32, None, ".fp16"),
+        ([".v0-fix"], torch.float16, None, ".v0-fix"),
+        (["", ".v0-fix", ".v0-1"], None, "v0-fix", ".v0-fix"),
+        (["", ".fp16", ".bf16"], torch.float16, "bf16", ".bf16"),
+        (["", ".fp16"], None, "v0-fix", ""),  # another part of the model has it
+        ([".v0-fix", ".v0-1"], None, None, None),
     ],
 )
-def test_shards_are_found_by_every_spelling_of_an_index(sd15_copy, sd15, index):
-    shard(sd15_copy / "unet", index)
-    assert same(load(sd15_copy).unet.state_dict(), load(sd15).unet.state_dict())
+def test_of_several_variants_one_is_taken(tmp_path, names, dtype, variant, taken):
+    for name in names:
+        save_file({"a": torch.ones(1)}, tmp_path / f"{STEM}{name}.safetensors")
+    if taken is None:
+        assert "several variants; choose one with --variant: v0-1, v0-fix" in refusal(
+            find_tensors, tmp_path, STEM, dtype
+        )
+    else:
+        found = find_tensors(tmp_path, STEM, dtype, variant)
+        assert found == {"a": tmp_path / f"{STEM}{taken}.safetensors"}
+
+
+def test_a_folder_with_only_a_variant_loads_in_any_dtype(sd15_copy):
+    for name, stem in ("unet", UNET_FILE), ("vae", UNET_FILE), ("text_encoder", TEXT_FILE):
+        file = sd15_copy / name / stem
+        rewrite(file, half)
+        file.rename(file.with_name(stem.replace(".safetensors", ".v0.safetensors")))
+    for dtype, found in (torch.float32, torch.float32), (None, torch.float16):
+        sd = load(sd15_copy, dtype=dtype, variant="v0")
+        assert {p.dtype for network in sd.networks.values() for p in network.parameters()} == {found}
+    assert "has no weights of variant 'v1'" in refusal(load, sd15_copy, variant="v1")
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -97,81 +108,86 @@ def test_what_the_reference_libraries_shard_loads_too(sd15_pipeline, sd15, tmp_p
 
 
 @pytest.mark.parametrize(
-    "file, settings, complaint",
+    "part, settings, complaint",
     [
         ("unet", {"shiny_new_option": 7}, "shiny_new_option = 7 is not supported: we do not know this setting"),
+        ("unet", {"shiny_new_option": None, "_name_or_path": "somewhere"}, None),  # not used, and a note
         ("unet", {"act_fn": "gelu"}, "act_fn = 'gelu' is not supported, only 'silu'"),
         ("unet", {"up_block_types": ["AttnUpBlock2D"] * 4}, "only 'UpBlock2D' and 'CrossAttnUpBlock2D'"),
         ("unet", {"class_embed_type": "timestep"}, "class_embed_type = 'timestep' is not supported"),
+        ("unet", {"num_attention_heads": 8}, "num_attention_heads = 8 is not supported"),
+        ("unet", {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift = 'scale_shift'"),
+        ("unet", {"addition_embed_type": "image"}, "addition_embed_type = 'image' is not supported"),
         ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim = 256 is not supported"),
         ("unet", {"mid_block_type": "UNetMidBlock2D"}, "mid_block_type = 'UNetMidBlock2D' is not supported, only"),
         ("unet", {"down_block_types": [["DownBlock2D"]] * 4}, "down_block_types = [['DownBlock2D'], "),
         ("unet", {"attention_head_dim": [2, 2, 2]}, "attention_head_dim has 3 entries, block_out_channels has 4"),
-        ("unet", {"norm_num_groups": 3}, "num_channels (8) must be divisible by num_groups (3)"),
+        ("unet", {"norm_num_groups": 3}, "num_channels (320) must be divisible by num_groups (3)"),
+        ("unet", {"block_out_channels": "wide"}, "block_out_channels = 'wide' is not"),
+        ("unet", {"layers_per_block": -1}, "layers_per_block = -1 is not"),
+        ("unet", {"norm_eps": "small"}, "norm_eps = 'small' is not"),
         ("unet", {"cross_attention_dim": None}, "cross_attention_dim is missing"),
         ("vae", {"latents_mean": [0, 0, 0, 0]}, "latents_mean = [0, 0, 0, 0] is not supported"),
-        ("text_encoder", {"hidden_act": "relu"}, "hidden_act = 'relu' is not supported"),
+        ("vae", {"use_quant_conv": False}, "use_quant_conv = False is not supported, only True"),
+        ("vae", {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "only 'DownEncoderBlock2D'"),
+        ("vae", {"scaling_factor": [1]}, "scaling_factor = [1] is not of the kind"),
+        ("text_encoder", {"hidden_act": "relu"}, "hidden_act = 'relu' is not supported, only 'quick_gelu' and 'gelu'"),
+        ("text_encoder", {"model_type": "t5"}, "model_type = 't5' is not supported, only 'clip_text_model'"),
+        ("text_encoder", {"num_attention_heads": 7}, "hidden_size 768 cannot be divided among 7 heads"),
     ],
 )
-def test_settings_that_need_other_code_are_refused_by_name(sd15_copy, file, settings, complaint):
-    edit(sd15_copy / file / "config.json", **settings)
-    message = refusal(load, sd15_copy)
-    assert f"{file} config: " in message and complaint in message
+def test_settings_that_need_other_code_are_refused_by_name(part, settings, complaint):
+    network_class, config_class, _ = NETWORKS[part]
 
+    def make(content):
+        build(network_class, read_config(config_class, content, "here"), "here")
 
-def test_null_means_not_used_and_an_underscore_means_a_note(sd15_copy):
-    path = sd15_copy / "unet/config.json"
-    write(path, read(path) | {"shiny_new_option": None, "_name_or_path": "somewhere"})
-    load(sd15_copy)
+    content = layouts.SD15[part] | settings
+    if complaint is None:
+        make(content)
+    else:
+        assert complaint in refusal(make, content)
 
 
 # ---- what does not fit ----
 
 
-def test_a_missing_tensor_is_named(sd15_copy):
-    rewrite(sd15_copy / "unet" / UNET_FILE, lambda tensors: {k: t for k, t in tensors.items() if k != "conv_in.bias"})
-    assert "unet: the tensors do not fit the config: 1 missing (conv_in.bias)" in refusal(load, sd15_copy)
-
-
-def test_a_tensor_too_many_is_named(sd15_copy):
-    rewrite(sd15_copy / "vae" / UNET_FILE, lambda tensors: tensors | {"lora.up": torch.zeros(1)})
-    message = refusal(load, sd15_copy)
-    assert "vae: the tensors do not fit the config: 1 that the network does not have (lora.up)" in message
-
-
-def test_of_misshapen_tensors_the_first_are_named_with_both_shapes(sd15_copy):
+def test_tensors_that_do_not_fit_are_named(sd15_copy):
+    unet, vae = sd15_copy / "unet" / UNET_FILE, sd15_copy / "vae" / UNET_FILE
     edit(sd15_copy / "text_encoder/config.json", intermediate_size=64)
     message = refusal(load, sd15_copy)
     assert "9 of another shape (encoder.layers.0.mlp.fc1.weight is (128, 32), should be (64, 32), " in message
     assert message.count("should be") == 3 and message.endswith(", ...)")
-
-
-@pytest.mark.parametrize("length", [0, 4, 500, -1])
-def test_a_truncated_file_is_refused(sd15_copy, length):
-    file = sd15_copy / "unet" / UNET_FILE
-    file.write_bytes(file.read_bytes()[:length])
+    rewrite(vae, lambda tensors: tensors | {"lora.up": torch.zeros(1)})
     message = refusal(load, sd15_copy)
-    assert str(file) in message and "damaged, truncated or no safetensors file" in message
+    assert "vae: the tensors do not fit the config: 1 that the network does not have (lora.up)" in message
+    rewrite(unet, lambda tensors: {k: t for k, t in tensors.items() if k != "conv_in.bias"})
+    assert "unet: the tensors do not fit the config: 1 missing (conv_in.bias)" in refusal(load, sd15_copy)
 
 
-def test_a_file_that_only_points_to_the_weights_is_refused(sd15_copy):
-    # what a clone without Git LFS leaves
-    (sd15_copy / "unet" / UNET_FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
-    assert "fetch it again" in refusal(load, sd15_copy)
+@pytest.mark.parametrize("length", [0, 4, 500, -1, "pointer"])
+def test_a_truncated_file_is_refused(sd15, tmp_path, length):
+    content = (sd15 / "unet" / UNET_FILE).read_bytes()
+    pointer = (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"  # what a clone without LFS leaves
+    )
+    (tmp_path / UNET_FILE).write_bytes(pointer if length == "pointer" else content[:length])
+    message = refusal(find_tensors, tmp_path, STEM, None)
+    assert str(tmp_path / UNET_FILE) in message and "damaged, truncated or no safetensors file" in message
 
 
-def test_a_missing_shard_is_named(sd15_copy):
-    shard(sd15_copy / "unet", UNET_FILE + ".index.json")
-    lost = sd15_copy / "unet/diffusion_pytorch_model-00002-of-00002.safetensors"
+def test_a_missing_shard_is_named(tmp_path):
+    save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / UNET_FILE)
+    shard(tmp_path, UNET_FILE + ".index.json", "")
+    lost = tmp_path / f"{STEM}-00002-of-00002.safetensors"
     lost.unlink()
-    assert f"{lost} does not exist" in refusal(load, sd15_copy)
+    assert f"{lost} does not exist" in refusal(find_tensors, tmp_path, STEM, None)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"conv_in.bias": 3}}'])
-def test_a_broken_index_is_refused(sd15_copy, content):
-    (sd15_copy / "unet" / UNET_FILE).unlink()
-    (sd15_copy / "unet" / f"{UNET_FILE}.index.json").write_text(content)
-    assert f"{UNET_FILE}.index.json" in refusal(load, sd15_copy)
+def test_a_broken_index_is_refused(tmp_path, content):
+    (tmp_path / f"{UNET_FILE}.index.json").write_text(content)
+    assert f"{UNET_FILE}.index.json" in refusal(find_tensors, tmp_path, STEM, None)
 
 
 class Bomb:
@@ -182,21 +198,42 @@ class Bomb:
 @pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.pt", "model.pth", "model.pkl"])
 def test_a_pickle_is_refused_unopened(tmp_path, name, capsys):
     torch.save({"state_dict": Bomb()}, tmp_path / name)
-    message = refusal(load, tmp_path / name)
-    assert "is a pickle, which can run any code when it is opened; get the .safetensors" in message
+    for attempt in (lambda: load(tmp_path / name), lambda: find_tensors(tmp_path, STEM, None)):
+        assert f"{name} is a pickle, which can run any code when opened; get the model's .safetensors" in refusal(
+            attempt
+        )
     assert capsys.readouterr().out == ""
 
 
-def test_a_folder_of_pickles_is_refused(sd15_copy):
-    (sd15_copy / "unet" / UNET_FILE).rename(sd15_copy / "unet/diffusion_pytorch_model.bin")
-    assert "unet/diffusion_pytorch_model.bin is a pickle" in refusal(load, sd15_copy)
-
-
 @pytest.mark.parametrize("content", [b"{'a': 1}", b"", b"[1]", b"null", b"\xff\xfe\x00", b"[" * 10**5])
-def test_a_broken_config_is_refused(sd15_copy, content):
-    path = sd15_copy / "unet/config.json"
-    path.write_bytes(content)
-    assert f"{path} is not readable JSON" in refusal(load, sd15_copy)
+def test_a_broken_config_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    assert f"{tmp_path / 'config.json'} is not readable JSON" in refusal(read_json, tmp_path / "config.json")
+
+
+def test_json_files_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "config.json") == {"a": 1}
+
+
+# ---- written files ----
+
+
+def test_files_and_folders_appear_whole_or_not_at_all(tmp_path):
+    write_text(tmp_path / "a/b.txt", "old")
+    with replaced(tmp_path / "a") as aside:
+        write_text(aside / "c.txt", "new")
+        assert (tmp_path / "a/b.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "c.txt"]
+    for error, expected in (
+        (OSError(28, "No space left on device"), InputError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+        with pytest.raises(expected), replaced(tmp_path / "a") as aside:
+            write_text(aside / "d.txt", "never")
+            raise error
+    assert "cannot write" in refusal(write_text, tmp_path / "a", "a folder is there")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "c.txt"]
 
 
 # ---- lean ----
@@ -246,11 +283,12 @@ def large(sd15, tmp_path_factory):
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory in use from /proc")
 @pytest.mark.parametrize(
     "stored, wanted", [("float32", "float32"), ("float16", "float32"), ("float32", "float16"), ("float16", "float16")]
 )
 def test_loading_takes_no_more_memory_than_the_weights(large, sd15, stored, wanted):
     command = [sys.executable, "-c", MEASURE, large / f"torch.{stored}", wanted, sd15]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(checkpoint.__file__).parent)
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert float(run.stdout) < 1.15

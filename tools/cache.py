@@ -5,54 +5,46 @@ torchrun --nproc-per-node 8 -m tools.cache --model DIR --data DIR --out DIR  cap
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data import Latents, Scenes, open_source, write_latents
+from data import Scenes, open_source
 from model import MINIATURE, StableDiffusion
+from support import errors
 from support.devices import choose_device, rank_and_world
-from support.errors import InputError, one_line_errors
+from support.errors import InputError, positive_int
 from support.files import fingerprint, make_folder, read_json, write_json
+from support.latents import Latents, write_latents
+from support.loader import load
 
 
 def cache(sd: StableDiffusion, source: Dataset, count: int, folder: Path, shard: int = 5000, workers: int = 0) -> None:
     """Encode the first `count` images into `folder`, one file for every `shard` of them.
 
     What is there already is not made again; under torchrun each process makes its share. Raises InputError where the
-    folder holds something else: latents of another VAE, or of another number.
+    folder holds something else: latents of another VAE, of other images, or of another number.
     """
     make_folder(folder)
-    made_of = {
-        "vae": fingerprint(sd.vae.encoder.conv_in.weight, sd.vae.quant_conv.weight),
-        "count": count,
-        "shard": shard,
-        "source": source.name,
-    }
-    if (folder / "made_of.json").exists():
-        before = read_json(folder / "made_of.json")
-        if before != made_of:
+    vae, note = fingerprint(sd.vae.encoder.conv_in.weight, sd.vae.quant_conv.weight), folder / "made_of.json"
+    made_of = {"vae": vae, "count": count, "shard": shard, "source": source.name}
+    if note.exists():
+        if (before := read_json(note)) != made_of:
             raise InputError(f"{folder} holds other latents ({before}, not {made_of}); choose another --out")
     elif any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} holds latents that do not say of what; choose another --out")
     rank, world = rank_and_world()
-    shards = range(rank, -(-count // shard), world)
-    files = {k: folder / f"{k:05d}.safetensors" for k in shards}
-    todo = [k for k in shards if not files[k].exists()]
-    aside = folder / f"made_of-{rank}.partial"
-    write_json(aside, made_of)
-    os.replace(aside, folder / "made_of.json")
-    total = sum(min(shard, count - k * shard) for k in todo)
-    with tqdm(total=total, desc="encoding", disable=rank > 0) as bar:
-        for k in todo:
-            numbers = range(k * shard, min((k + 1) * shard, count))
+    write_json(aside := folder / f"made_of-{rank}.json", made_of)
+    aside.replace(note)
+    files = {k: folder / f"{k:05d}.safetensors" for k in range(rank, -(-count // shard), world)}
+    todo = {k: range(k * shard, min((k + 1) * shard, count)) for k, file in files.items() if not file.exists()}
+    with tqdm(total=sum(map(len, todo.values())), desc="encoding", disable=rank > 0) as bar:
+        for k, numbers in todo.items():
             parts, captions, sizes = [], [], []
-            for batch in DataLoader(Subset(source, numbers), batch_size=50, num_workers=workers):
-                parts.append([part.cpu() for part in sd.encode_moments(batch["image"])])
+            for batch in load(source, [numbers[i : i + 16] for i in range(0, len(numbers), 16)], workers):
+                parts.append([part.half().cpu() for part in sd.encode_moments(batch["image"])])
                 captions += batch["caption"]
                 sizes += [batch["time_ids"]] if "time_ids" in batch else []
                 bar.update(len(batch["caption"]))
@@ -61,24 +53,23 @@ def cache(sd: StableDiffusion, source: Dataset, count: int, folder: Path, shard:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = errors.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MINIATURE, help="whose VAE encodes")
     parser.add_argument("--out", type=Path, default=Path("out/latents"), help="folder of the latents")
     parser.add_argument("--data", type=Path, help="folder of captioned images, or tar shards; default: drawn scenes")
-    parser.add_argument("--size", type=int, help="height and width in pixels; default: the model's")
-    parser.add_argument("--count", type=int, help="how many images; default: all of the folder, 100,000 scenes")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn scenes")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make images")
+    parser.add_argument("--size", type=positive_int, help="height and width in pixels; default: the model's")
+    parser.add_argument("--count", type=positive_int, help="how many images; default: all; 100,000 scenes")
+    parser.add_argument("--seed", type=errors.seed, default=0, help="of the drawn scenes")
+    parser.add_argument("--workers", type=errors.count, default=0, help="processes that make images")
     args = parser.parse_args()
-    with one_line_errors(parser, "stopped; the same command goes on where it was"):
+    with errors.one_line_errors(parser, "stopped; the same command goes on where it was"):
         sd = StableDiffusion.load(args.model, "cpu", None)
         source = open_source(args.data, sd.image_size(args.size)) if args.data else Scenes(args.seed)
         if isinstance(source, Latents):
             raise InputError(f"{args.data} holds latents already")
-        most = len(source) if args.data else sys.maxsize
-        count = args.count or (most if args.data else 100_000)
-        if not 0 < count <= most or args.count == 0:
-            raise InputError(f"--count must be from 1 to {most}, not {args.count}")
+        count = args.count or (len(source) if args.data else 100_000)
+        if args.data and count > len(source):
+            raise InputError(f"--count {count} is too large: {args.data} holds {len(source)} images")
         sd.vae.to(choose_device(None), torch.float32)
         cache(sd, source, count, args.out, workers=args.workers)
 

@@ -1,14 +1,14 @@
-"""A trained flow in diffusers: its own pipeline with a scheduler of 20 lines. Needs requirements-dev.txt.
+"""A trained flow in diffusers, in any number of steps. Needs requirements-dev.txt.
 
-    PYTHONPATH=. python docs/in_diffusers.py weights/proreflow-i "a red circle"
+    python -m tools.in_diffusers out/train/stage-2 "a red circle"
 
-The same works with StableDiffusionXLPipeline. PeRFlow's scheduler reads our scheduler_config.json as well.
+In one step a window, plain diffusers draws the same images, without this file: StableDiffusionPipeline.from_pretrained.
 """
 
 import sys
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 
 import reflow
 
@@ -18,17 +18,18 @@ class FlowScheduler(DDIMScheduler):
 
     def set_timesteps(self, num_inference_steps: int, device=None) -> None:
         self.grid = reflow.sampling_grid(num_inference_steps, self.config.num_time_windows)
-        self.num_inference_steps, self.timesteps = num_inference_steps, self.grid[:-1].to(device)
+        self.shift = 1 if self.config.prediction_type == "epsilon" else 0  # networks' own index, see reflow.py
+        self.num_inference_steps, self.timesteps = num_inference_steps, (self.grid[:-1] - self.shift).to(device)
 
-    def step(self, eps: torch.Tensor, tau: torch.Tensor, z: torch.Tensor, return_dict: bool = True, **_):
-        at = (self.grid == tau.item()).nonzero().item()
+    def step(self, eps: torch.Tensor, t: torch.Tensor, z: torch.Tensor, return_dict: bool = True, **_):
+        at = (self.grid == t.item() + self.shift).nonzero().item()
         settings = self.alphas_cumprod.to(z.device), self.config.num_time_windows, self.config.prediction_type
         velocity = reflow.as_velocity(lambda *_: eps, *settings)
         return (reflow.euler(velocity, z, self.grid[at : at + 2].to(z.device)),)
 
 
-def load(folder: str) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+def load(folder: str) -> DiffusionPipeline:
+    pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.scheduler = FlowScheduler.from_config(pipeline.scheduler.config)
     return pipeline
 

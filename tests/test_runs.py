@@ -1,0 +1,458 @@
+"""How a training run starts, stops and goes on: what clusters and people do to it."""
+
+import fcntl
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import helpers
+import pytest
+import torch
+from helpers import ONE_THREAD, refusal, rewrite
+from PIL import Image
+from test_train import SHORT, log_of, run, state_of
+
+import data
+import train
+from model import StableDiffusion
+from paper import variants
+from support import devices, errors, runs
+from support.signals import Stop
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+ALONE = devices.Process(0, 1, torch.device("cpu"))
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+slow = pytest.mark.slow
+
+
+@pytest.fixture
+def start():
+    """Start the trainer in the background; it does not outlive the test."""
+    started = []
+
+    def start(*arguments, processes=1, **env):
+        command = helpers.command(variants, *SHORT, *arguments, processes=processes)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=ONE_THREAD | env, start_new_session=True, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_until_logged(process, folder, step):
+    deadline = time.monotonic() + 240
+    while not any(line["step"] >= step for line in log_of(folder)):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def last_error(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")][-1]
+
+
+# ---- 1. nothing finished is overwritten; 2. one run per folder ----
+
+
+def command(tmp_path, **given):
+    """What `train.settle` makes of a command."""
+    (tmp_path / "base").mkdir(exist_ok=True)
+    args = {"name": "stage-1", "teacher": tmp_path / "base", "data": None, "resume": False, "out": tmp_path / "out"}
+    args = SimpleNamespace(**{"student": tmp_path / "base"} | args | given)
+    args.run, args.result = args.out / f"{args.name}-run", args.out / args.name
+    return args
+
+
+@pytest.mark.parametrize("place", ["base/out", "base", ".", "link/out"])
+@pytest.mark.parametrize("kind", ["teacher", "student", "data"])
+def test_a_result_never_replaces_what_it_is_made_from(tmp_path, place, kind):
+    """Its folder is not, holds not and lies not in one of these."""
+    used = tmp_path / "base"
+    (tmp_path / "link").symlink_to(used)
+    args = command(tmp_path, **{"teacher": tmp_path / "other", "student": tmp_path / "other", kind: used})
+    args.out, args.name = (tmp_path, "base") if place == "." else (tmp_path / place, "stage-1")
+    args.run, args.result = args.out / f"{args.name}-run", args.out / args.name
+    assert "which is needed; choose another --out" in refusal(runs.claim, args)
+    assert list(used.iterdir()) == []
+
+
+def test_a_result_may_stand_beside_what_it_is_made_from(tmp_path):
+    runs.claim(command(tmp_path, out=tmp_path))
+
+
+def test_only_what_this_run_made_is_replaced(stage, tmp_path, capsys):
+    out, arguments = stage
+    before = (out / "stage-1" / UNET).read_bytes()
+    assert run(*arguments) == 2 and "is there already; go on with --resume" in last_error(capsys)
+    assert run(*arguments, "--resume") == 0 and (out / "stage-1" / UNET).read_bytes() == before
+    assert "resumed at update 2\n" in capsys.readouterr().out
+    for change in (
+        lambda: rewrite(out / "stage-1" / UNET, lambda w: {k: 2 * v for k, v in w.items()}),
+        lambda: shutil.rmtree(out / "stage-1-run"),
+    ):
+        change()
+        assert run(*arguments, "--resume") == 2 and "is there already, but not from" in last_error(capsys)
+
+
+def test_one_run_per_folder_until_its_process_ends(tmp_path):
+    args = command(tmp_path)
+    args.run.mkdir(parents=True)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    other = subprocess.Popen([sys.executable, "-c", hold, args.run / "lock"], **pipes)
+    other.stdout.readline()
+    assert f"another process trains in {args.run}" in refusal(runs.claim, args)
+    other.kill()
+    other.communicate()
+    runs.claim(args)
+    if child := os.fork():  # a reader of data: it has not the lock, so it keeps no later run from starting
+        assert os.waitpid(child, 0)[1] == 0
+    else:
+        try:
+            fcntl.lockf((args.run / "lock").open("a"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os._exit(0)
+        os._exit(1)
+
+
+@pytest.mark.parametrize("error", [OSError(38, "no locks here"), OSError(95, "not supported")])
+def test_a_disk_without_locks_can_be_used(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(error))
+    runs.claim(command(tmp_path))
+
+
+STARTS = [
+    ({"SLURM_NTASKS": "2"}, "start them with torchrun"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "start them with torchrun"),
+    ({"SLURM_NTASKS": "1"}, (0, 1)),
+    ({"SLURM_NTASKS": "2", "RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a"}, (1, 4)),
+    ({}, (0, 1)),
+]
+
+
+@pytest.mark.parametrize("env, expected", STARTS)
+def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch, env, expected):
+    for name in "RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS":
+        monkeypatch.delenv(name, raising=False)
+        if name in env:
+            monkeypatch.setenv(name, env[name])
+    if isinstance(expected, str):
+        assert expected in refusal(devices.rank_and_world)
+    else:
+        assert devices.rank_and_world() == expected
+
+
+@pytest.mark.parametrize("wanted", ["cuda", None, ""])
+def test_cuda_is_the_gpu_of_this_process(monkeypatch, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert devices.choose_device(wanted) == "cuda:3"
+    assert devices.choose_device("cuda:1") == "cuda:1" and devices.choose_device("cpu") == "cpu"
+
+
+# ---- 3. signals ----
+
+
+@pytest.mark.parametrize("which", SIGNALS)
+def test_a_signal_lets_the_update_finish_and_may_come_twice(which):
+    before = [signal.getsignal(one) for one in SIGNALS]
+    with Stop() as stop:
+        os.kill(os.getpid(), which)
+        if which != signal.SIGINT:
+            os.kill(os.getpid(), which)
+        assert stop.next(iter([1])) is None
+        with pytest.raises(KeyboardInterrupt):  # a second one; for others the first, but the second signal
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(one) for one in SIGNALS] == before
+
+
+def test_a_signal_is_noticed_while_waiting_for_data():
+    def endless():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
+        except Exception:  # as readers do to name a broken image
+            time.sleep(600)
+        yield
+
+    with Stop() as stop:
+        assert stop.next(iter(["batch"])) == "batch"
+        assert stop.next(endless()) is None
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.next(iter(["batch"])) == "batch"
+    signal.signal(signal.SIGHUP, before)
+
+
+@slow
+def test_sigterm_to_torchrun_and_to_all_its_processes_saves_the_update(sd15, tmp_path, start):
+    arguments = ["--stage", 1, "--model", sd15, "--iters", 500, "--save-every", 1000, "--out", tmp_path]
+    process, folder = start(*arguments, "--workers", 1, processes=2), tmp_path / "stage-1-run"
+    wait_until_logged(process, folder, 2)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert "stopped; the same command with --resume goes on from the last checkpoint" in error
+    assert state_of(folder)["step"] == log_of(folder)[-1]["step"] < 500
+
+
+# ---- 4. several machines ----
+
+
+def several(*answers):
+    """A process that hears these answers of the others, ranks 1, 2, ..."""
+    return SimpleNamespace(rank=0, world=1 + len(answers), gather=lambda mine: [mine, *answers])
+
+
+def test_all_go_on_or_all_end_with_the_ranks_that_cannot():
+    assert runs.together(several(None, None), lambda: 5) == 5
+    assert refusal(runs.together, several("a is missing", None, "a is missing"), lambda: 5) == "rank 1, 3: a is missing"
+
+    def fail():
+        raise OSError("no such folder")
+
+    assert refusal(runs.together, several(None), fail) == "rank 0: no such folder"
+    assert refusal(runs.together, ALONE, fail) == "no such folder"
+
+
+@pytest.mark.parametrize("name", ["teacher", "student", "data", "checkpoint"])
+def test_a_machine_that_has_loaded_other_things_names_them_and_their_folder(tmp_path, name):
+    args = command(tmp_path, data=tmp_path / "images")
+    facts = dict.fromkeys(["teacher", "student", "data", "checkpoint"], 1)
+    other = SimpleNamespace(gather=lambda mine: [facts | {name: 2}, mine])
+    folder = getattr(args, name, args.run)
+    expected = f"{name} is 1, but 2 in rank 0; all machines must share {folder}"
+    assert refusal(runs.same_as_first, other, facts, args) == expected
+    runs.same_as_first(several(facts), facts, args)
+
+
+@slow
+def test_a_process_that_dies_ends_the_others(sd15, tmp_path, start):
+    """As on two machines, without a torchrun that would end them."""
+    both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 10000), "WORLD_SIZE": "2"}
+    arguments = ["--stage", 1, "--model", sd15, "--iters", 1000, "--out", tmp_path]
+    first, second = (start(*arguments, RANK=str(rank), **both) for rank in (0, 1))
+    wait_until_logged(first, tmp_path / "stage-1-run", 1)
+    second.kill()
+    _, error = first.communicate(timeout=120)
+    assert first.returncode != 0 and "Connection closed by peer" in error
+
+
+# ---- 5. resuming ----
+
+
+@pytest.fixture
+def stage(sd15, tmp_path, capsys):
+    """The first stage, finished: the folder of its base and results, and its arguments."""
+    base = shutil.copytree(sd15, tmp_path / "base")
+    arguments = ["--stage", 1, "--model", base, "--iters", 2, "--cooldown", 0, "--out", tmp_path]
+    assert run(*arguments) == 0
+    assert f"no checkpoint in {tmp_path}/stage-1-run: from 0\n" in capsys.readouterr().out
+    return tmp_path, arguments
+
+
+def test_a_resumed_run_keeps_its_settings_but_not_how_it_computes_them(stage, capsys):
+    out, arguments = stage
+    for changed, message in {
+        ("--lr", 0.5): "lr 0.0003, not 0.5",
+        ("--seed", 1): "seed 0, not 1",
+        ("--own-starts", 0.5): "own_starts 0.0, not 0.5",
+        ("--batch-size", 3): "batch 2, not 3",
+        ("--cooldown", 0.5): "cooldown 0.0, not 0.5",
+    }.items():
+        assert run(*arguments, "--resume", *changed) == 2
+        assert f"step-0000002.pt was made with {message}; --resume keeps settings" in last_error(capsys)
+    moved = out.with_name(f"{out.name}-moved")
+    out.rename(moved)
+    arguments = ["--stage", 1, "--model", moved / "base", "--cooldown", 0, "--resume"]
+    again = ["--batch-size", 1, "--accumulate", 2, "--iters", 3, "--out", moved]
+    assert run(*arguments, *again) == 0 and [line["step"] for line in log_of(moved / "stage-1-run")] == [1, 2, 3]
+    assert run(*arguments, *again[:-1], out) == 0 and f"no checkpoint in {out}" in capsys.readouterr().out
+    rewrite(moved / "base" / UNET, lambda w: {k: v + 1e-3 for k, v in w.items()})
+    assert run(*arguments, *again) == 2 and "was made with teacher " in last_error(capsys)
+
+
+def test_one_image_more_is_other_data(tmp_path):
+    for name in "a", "b":
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    before = runs.samples_in(data.Folder(tmp_path, 64))
+    copy = shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+    assert runs.samples_in(data.Folder(copy, 64)) == before
+    (copy / "b.png").rename(copy / "c.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "c.png")
+    assert len({before, *(runs.samples_in(data.Folder(where, 64)) for where in (copy, tmp_path))}) == 3
+    assert runs.samples_in(data.Scenes(0)) != runs.samples_in(data.Scenes(1))
+
+
+@slow
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(sd15, tmp_path, start):
+    arguments = ["--stage", 1, "--model", sd15, "--iters", 12, "--save-every", 4]
+    killed, folder = start(*arguments, "--out", tmp_path / "killed"), tmp_path / "killed/stage-1-run"
+    wait_until_logged(killed, folder, 5)  # one update past the first checkpoint
+    killed.kill()
+    killed.communicate()
+    (folder / "step-0000008.pt.partial").write_bytes(b"0" * 1000)
+    with (folder / "log.jsonl").open("a") as file:
+        file.write('{"loss": 0.1')  # as if it had been hit while writing this line
+    assert run(*arguments, "--out", tmp_path / "whole") == 0
+    assert run(*arguments, "--out", tmp_path / "killed", "--resume") == 0
+    names = {"lock", "log.jsonl", "result", "step-0000008.pt", "step-0000012.pt"}
+    assert {path.name for path in folder.iterdir()} == names
+    expected, state = (state_of(tmp_path / name / "stage-1-run") for name in ("whole", "killed"))
+    for part in "student", "ema", "optimizer", "step":
+        torch.testing.assert_close(state[part], expected[part], rtol=0, atol=0)
+    assert (tmp_path / "killed/stage-1" / UNET).read_bytes() == (tmp_path / "whole/stage-1" / UNET).read_bytes()
+    logs = [log_of(tmp_path / name / "stage-1-run") for name in ("whole", "killed")]
+    assert [line["step"] for line in logs[0]] == list(range(1, 13))
+    assert all(line.pop("seconds") >= 0 for log in logs for line in log) and logs[0] == logs[1]
+
+
+# ---- 6. checkpoints ----
+
+
+def parts():
+    """What a checkpoint holds: a network and an optimizer's state."""
+    network = torch.nn.Linear(30, 30)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(30)).sum().backward()
+    optimizer.step()
+    return {"student": network, "optimizer": optimizer}
+
+
+def test_two_checkpoints_are_kept(tmp_path):
+    for step in 0, 9, 10, 10, 11:
+        runs.save_checkpoint(ALONE, tmp_path, parts(), {}, step)
+        runs.save_checkpoint(devices.Process(1, 2, torch.device("cpu")), tmp_path, parts(), {}, 12)
+    assert [path.name for path in runs.checkpoints(tmp_path)] == ["step-0000010.pt", "step-0000011.pt"]
+    assert runs.load_checkpoint(tmp_path, parts(), {}) == 11
+
+
+def test_damage_is_noticed_whatever_its_form_and_the_way_on_is_named(tmp_path):
+    for step in 1, 2:
+        saved = parts()
+        runs.save_checkpoint(ALONE, tmp_path, saved, {"lr": 1.0}, step)
+    file = tmp_path / "step-0000002.pt"
+    whole = file.read_bytes()
+    flips = [whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1 :] for i in range(5, len(whole), 97)]
+    noticed = 0
+    for content in [b"", b"nothing", whole[:-1], whole[: len(whole) // 2], bytes(len(whole)), *flips]:
+        file.write_bytes(content)
+        loaded = parts()
+        try:
+            runs.load_checkpoint(tmp_path, loaded, {"lr": 1.0})
+            assert len(content) == len(whole)  # a byte of padding, or of the time of writing
+            assert helpers.same(loaded["student"].state_dict(), saved["student"].state_dict())
+        except errors.InputError as error:
+            noticed += 1
+            assert str(error).startswith(f"{file} is damaged (") and "\n" not in str(error)
+            assert str(error).endswith("remove it to go on from step-0000001.pt")
+    assert noticed > 5 + len(flips) / 2
+    (tmp_path / "step-0000001.pt").unlink()
+    assert refusal(runs.load_checkpoint, tmp_path, parts(), {}).endswith("remove it to start anew")
+
+
+def test_a_full_disk_costs_the_older_checkpoint_and_then_ends_the_run(tmp_path, monkeypatch):
+    for step in 1, 2:
+        runs.save_checkpoint(ALONE, tmp_path, parts(), {}, step)
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # no file grows beyond
+    try:
+        message = refusal(runs.save_checkpoint, ALONE, tmp_path, parts(), {}, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert message.startswith(f"cannot write {tmp_path}/step-0000003.pt, is there room?")
+    assert message.endswith(f"Last good: {tmp_path}/step-0000002.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000002.pt"]
+    runs.save_checkpoint(ALONE, tmp_path, parts(), {}, 3)
+    assert runs.load_checkpoint(tmp_path, parts(), {}) == 3
+
+
+def test_resuming_leaves_the_counters_of_adam_where_a_fresh_optimizer_has_them(tmp_path):
+    runs.save_checkpoint(ALONE, tmp_path, parts(), {}, 1)
+    given = []
+    load = torch.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", lambda *a, **given_: given.append(given_) or load(*a, **given_))
+        runs.load_checkpoint(tmp_path, parts(), {})
+    assert given[0]["map_location"] == "cpu" and given[0]["weights_only"]
+
+
+# ---- 7. the teacher's folder; 8. readers; 9. numbers ----
+
+
+def test_a_teacher_that_disappears_can_come_back_and_the_result_is_complete(sd15_copy, tmp_path, monkeypatch, capsys):
+    gone, arguments = tmp_path / "gone", ["--stage", 1, "--model", sd15_copy, "--iters", 1, "--out", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        update = train.update_ema
+        patch.setattr(train, "update_ema", lambda *given: update(*given) or sd15_copy.rename(gone))
+        assert run(*arguments) == 2
+    assert "then --resume finishes it from" in last_error(capsys) and not (tmp_path / "out/stage-1").exists()
+    gone.rename(sd15_copy)
+    assert run(*arguments, "--resume") == 0
+    assert StableDiffusion.load(tmp_path / "out/stage-1").windows == 8
+
+
+@slow
+def test_a_reader_of_data_that_dies_ends_the_run(sd15, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data.Scenes, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    assert run("--stage", 1, "--model", sd15, "--workers", 1, "--iters", 1, "--out", tmp_path) == 2
+    assert "DataLoader worker (pid" in last_error(capsys)
+
+
+def test_every_number_has_its_range(capsys):
+    for flags, wrong in {
+        "--iters --batch-size --accumulate --save-every --windows --solver-steps": "0 -1 1.5 nan x",
+        "--workers --sample-every --warmup": "-1 1.5 nan inf",
+        "--seed": "-1 4294967296",
+        "--lr": "0 -1 nan inf 1e400",
+        "--alpha --teacher-guidance": "-5 nan inf",
+        "--ema --cooldown --starts --own-starts": "-1 1.5 nan",
+    }.items():
+        for flag in flags.split():
+            for number in wrong.split():
+                assert helpers.exit_code(variants, "--stage", 1, flag, number) == 2
+                (line,) = capsys.readouterr().err.splitlines()
+                assert line.startswith(f"error: {flag}: must be ") and line.endswith(f", not {number}")
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (OSError(28, "No space left on device", "log.jsonl"), "[Errno 28] No space left on device: 'log.jsonl'"),
+        (
+            errors.InputError("Caught InputError in DataLoader worker\n  support.errors.InputError: a is empty\n"),
+            "a is empty",
+        ),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. \nmore"), "DataLoader worker (pid 7)"),
+    ],
+)
+def test_what_ends_a_command_is_one_line(capsys, error, line):
+    with pytest.raises(SystemExit) as stop, errors.one_line_errors(errors.Parser()):
+        raise error
+    (said,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and said.startswith(f"error: {line}")
+
+
+def test_a_clock_that_is_set_back_does_no_harm_and_each_update_is_logged_at_once(tmp_path, monkeypatch):
+    clock = iter(range(1000, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    args = SimpleNamespace(run=tmp_path, iters=9, name="a")
+    log = runs.Log(args, 0, quiet=False)
+    for step in 1, 2:
+        log.add(step, {"loss": 1.0})
+        assert log_of(tmp_path)[-1]["step"] == step and log_of(tmp_path)[-1]["seconds"] >= 0
+    assert runs.Log(args, 1, quiet=True).quiet and len(log_of(tmp_path)) == 2
+    runs.Log(args, 1, quiet=False)
+    assert [line["step"] for line in log_of(tmp_path)] == [1]
