@@ -97,7 +97,7 @@ def test_side_by_side_draws_a_row_for_each_model_and_no_more_guidance_for_a_guid
         assert run("side", spec, "--out", tmp_path) == 2
         assert "name a model folder and its steps" in capsys.readouterr().err
     sd, asked, generate = StableDiffusion.load(MINIATURE), [], sample.generate
-    save_flow(sd.unet, flow_scheduler(sd, 1, 2.0), MINIATURE, tmp_path / "guided", torch.float32)
+    save_flow(sd.unet, flow_scheduler(sd, 1, 2.0), sd, tmp_path / "guided", torch.float32)
     monkeypatch.setattr(sample, "generate", lambda *given, **how: asked.append(given[2:4]) or generate(*given, **how))
     assert run("side", f"{MINIATURE}:2", tmp_path / "guided", "--guidance", 6, "--out", tmp_path) == 0
     assert asked == [(2, 6.0), (1, 1.0)] and (tmp_path / "side.png").exists()
