@@ -17,7 +17,7 @@ import sample
 from model import MINIATURE, StableDiffusion
 from support import scenes
 from support.devices import choose_device
-from support.errors import one_line_errors
+from support.errors import Parser, one_line_errors
 
 SPLITS = {"validation": scenes.VALIDATION, "test": scenes.TEST}  # settings are chosen on one, reported on the other
 
@@ -45,7 +45,7 @@ def prompt_accuracy(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=MINIATURE, help="model folder")
     parser.add_argument("--steps", type=int, nargs="+", default=[32], help="number of steps; several are compared")
     parser.add_argument("--guidance", type=float, nargs="+", default=[4.0], help="guidance scale; the same")

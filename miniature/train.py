@@ -24,15 +24,16 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-import data
 import reflow
 from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer
+from data import Scenes
 from evaluation.clip_score import ClipVision, ClipVisionConfig
 from model import MINIATURE, StableDiffusion
 from support import layouts, scenes
-from support.devices import choose_device
-from support.errors import InputError, one_line_errors
-from support.files import fingerprint, replace_folder, write_json, write_tensors
+from support.devices import Process, choose_device
+from support.errors import InputError, Parser, one_line_errors
+from support.files import fingerprint, replaced, write_json, write_tensors
+from support.latents import Latents
 from support.runs import load_checkpoint, save_checkpoint
 from support.scenes import TRAIN
 from support.streams import CONTRAST, READING, SCENE, stream
@@ -79,7 +80,7 @@ def fit(
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     warmup = min(500, iters // 10 + 1)
     parts = {"network": network, "ema": ema, "optimizer": optimizer}
-    start = load_checkpoint(args.work / name, parts, {}, args.device)
+    start = load_checkpoint(args.work / name, parts, {})
     low_precision = torch.autocast(args.device.type, torch.bfloat16, enabled=args.device.type != "cpu")
     saved = time.time()
     bar = trange(start, iters, initial=start, total=iters, desc=name, mininterval=5)
@@ -99,7 +100,7 @@ def fit(
         if step % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if time.time() - saved > 120 or step + 1 == iters:
-            save_checkpoint(args.work / name, step + 1, parts, {})
+            save_checkpoint(Process(0, 1, args.device), args.work / name, parts, {}, step + 1)
             saved = time.time()
     return ema
 
@@ -290,17 +291,16 @@ def stated_facts(caption: str) -> np.ndarray:
 
 def save_clip(clip: Clip, tokenizer: Tokenizer, text_settings: dict, folder: Path) -> None:
     """Write the pair as a CLIP folder of the usual layout, for `evaluation/clip_score.py` and other libraries."""
-    aside = folder.with_name(folder.name + ".partial")
     towers = {"text_config": text_settings, "vision_config": VISION_SETTINGS}
     config = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 128}
-    write_json(aside / "config.json", config | towers)
     halves = {"crop_size": 64, "size": 64, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
-    write_json(aside / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"} | halves)
     state = {name.removeprefix("text.").removeprefix("vision."): w.half() for name, w in clip.state_dict().items()}
-    write_tensors(aside / "model.safetensors", state)
-    for name, content in tokenizer.files.items():
-        (aside / name).write_bytes(content)
-    replace_folder(aside, folder)
+    with replaced(folder) as aside:
+        write_json(aside / "config.json", config | towers)
+        write_json(aside / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"} | halves)
+        write_tensors(aside / "model.safetensors", state)
+        for name, content in tokenizer.files.items():
+            (aside / name).write_bytes(content)
 
 
 # ---- UNet -----------------------------------------------------------------------------------------------------------
@@ -310,8 +310,8 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
     """Predict the noise in a noisy latent (Ho et al. 2020, algorithm 1), without the caption one time in ten."""
     # The UNet sees every scene many times, so latents and texts are made once. Another VAE has another folder.
     folder = args.work / f"latents-{args.scenes}-{fingerprint(sd.vae.encoder.conv_in.weight, sd.vae.quant_conv.weight)}"
-    cache(sd, data.Scenes(TRAIN), args.scenes, folder, workers=args.workers)
-    latents = data.Latents(folder)
+    cache(sd, Scenes(TRAIN), args.scenes, folder, workers=args.workers)
+    latents = Latents(folder)
     known = [latents[i] for i in range(len(latents))]
     mean, log_variance = (
         torch.stack([item[name] for item in known]).to(args.device) for name in ("mean", "log_variance")
@@ -381,7 +381,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=MINIATURE, help="model folder to write")
     parser.add_argument("--clip", type=Path, default=CLIP, help="CLIP folder to write")
     parser.add_argument("--work", type=Path, default=Path("out/miniature"), help="checkpoints, to go on from")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,7 +35,7 @@ from model import StableDiffusion
 from support import scenes
 from support.captions import read_prompts
 from support.devices import choose_device
-from support.errors import InputError, one_line_errors
+from support.errors import InputError, Parser, one_line_errors
 from support.files import fingerprint, write_between, write_text
 from support.images import image_grid, to_pixels, write_png
 from support.scenes import TEST
@@ -62,7 +63,7 @@ def load(spec: str, device: torch.device) -> tuple[str, StableDiffusion, int, st
         raise InputError(f"{spec}: name a model folder and its steps, as in weights/miniature:32, or :4:dpm++")
     sd = StableDiffusion.load(path, device)
     steps = int(how[0]) if how else sd.windows or FINE
-    return Path(path).name, sd, steps, sample.check_sampler(sd, how[1] if len(how) > 1 else None, steps)
+    return Path(path).name, sd, steps, how[1] if len(how) > 1 else "flow" if sd.windows else "ddim"
 
 
 # ---- Scores ---------------------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def scores(
     if images:
         network, drawn = reference(clip, sd.device, seed, images)
         captions = [scenes.caption(seed, i) for i in range(images)]
-        made = np.stack(list(images_of(sd, captions, steps, scale, seed, sampler)))
+        made = [Image.fromarray(image) for image in images_of(sd, captions, steps, scale, seed, sampler)]
         parts = [network.score(made[i : i + 100], captions[i : i + 100], "logits") for i in range(0, images, 100)]
         row["frechet"] = round(fid.frechet_distance(*statistics(made, network), *drawn), 3)
         row["clip"] = round(torch.cat(parts).mean().item(), 3)
@@ -103,13 +104,15 @@ def scores(
 def reference(folder: Path, device: torch.device, seed: int, images: int) -> tuple[ClipScore, tuple]:
     """The CLIP that scores, and the mean and covariance of so many drawn scenes in its features."""
     clip = ClipScore.load(folder, device)
-    drawn = (scenes.sample(seed, i)[0] for i in tqdm(range(images), desc="drawing scenes", leave=False))
+    drawn = (
+        Image.fromarray(scenes.sample(seed, i)[0]) for i in tqdm(range(images), desc="drawing scenes", leave=False)
+    )
     return clip, statistics(drawn, clip)
 
 
-def statistics(images: Iterable[np.ndarray], clip: ClipScore) -> tuple[np.ndarray, np.ndarray]:
+def statistics(images: Iterable[Image.Image], clip: ClipScore) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of the images' features in the miniature's own CLIP."""
-    images = np.stack(list(images))
+    images = list(images)
     features = torch.cat([clip.image_features(images[i : i + 200]).cpu() for i in range(0, len(images), 200)])
     features = features.double().numpy()
     return features.mean(axis=0), np.cov(features, rowvar=False)
@@ -218,7 +221,7 @@ def noise(args: argparse.Namespace) -> None:
                 few = captions[first : first + 100]
                 z = draw_noise(TEST, list(range(first, first + len(few))), (4, 8, 8)).to(sd.device)
                 field = perturbed(velocity_of(sd, few, args.guidance[0]), size, kind, generator)
-                made.extend(to_pixels(sd.decode(reflow.euler(field, z, grid))))
+                made.extend(map(Image.fromarray, to_pixels(sd.decode(reflow.euler(field, z, grid)))))
             distances.append(fid.frechet_distance(*statistics(made, clip), *drawn))
             print(f"noise of {size:g} |v| on the {kind}: Frechet distance {distances[-1]:.2f}", flush=True)
         axes[0, 0].plot(args.sizes, distances, marker="o", label=f"noise on the {kind}")
@@ -281,7 +284,7 @@ COMMANDS = {"score": score, "velocities": velocities, "noise": noise, "guidance"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*COMMANDS, "table"])
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="`score` and `guidance` take several")

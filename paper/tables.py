@@ -12,10 +12,7 @@ repeated. Read `train.py` and `paper/figures.py` first.
 
 import argparse
 import itertools
-import os
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +24,9 @@ from model import MINIATURE, StableDiffusion
 from paper import figures
 from paper.variants import nfe_of_sample
 from support.devices import choose_device
-from support.errors import InputError, one_line_errors
+from support.errors import InputError, Parser, one_line_errors
 from support.files import fingerprint, write_between
+from support.runs import start_training
 from support.scenes import TEST
 
 BATCH = 64  # samples of an update
@@ -101,14 +99,11 @@ def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> t
             continue
         cores = torch.get_num_threads()  # OMP_NUM_THREADS, else what the machine has
         processes = 1 if torch.cuda.is_available() or cores < 2 else 2
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        command += ["--module", "paper.variants", "--windows", stage.windows, "--teacher", teacher]
-        command += ["--alpha", stage.alpha, "--iters", iters, "--warmup", min(100, iters // 4), "--seed", seed]
-        command += ["--batch-size", BATCH // processes, "--data", args.data, "--name", folder.name, "--out", out]
-        command += ["--sample-every", 0, "--resume"]
+        command = ["--windows", stage.windows, "--teacher", teacher, "--alpha", stage.alpha, "--iters", iters]
+        command += ["--warmup", min(100, iters // 4), "--seed", seed, "--batch-size", BATCH // processes]
+        command += ["--data", args.data, "--name", folder.name, "--out", out, "--sample-every", 0, "--resume"]
         print(f"seed {seed}, cost {cost}: {folder.name}, {iters} updates", flush=True)
-        threads = {"OMP_NUM_THREADS": str(max(cores // processes, 1))}
-        if subprocess.run([str(part) for part in command], env=os.environ | threads).returncode:
+        if start_training(command, processes, max(cores // processes, 1)).returncode:
             raise InputError(f"training {folder} ended early, see above; the same command goes on from there")
     return folder, total
 
@@ -204,7 +199,7 @@ def draw_alpha(rows: list[dict], cost: int, file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = [*SOLVERS, *METHODS]
     parser.add_argument("--methods", nargs="+", choices=[*SOLVERS, *RUNS], default=default, help="rows to measure")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")

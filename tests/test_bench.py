@@ -1,7 +1,6 @@
 """What is measured: the right work on both sides, and ratios that are what they are called."""
 
 import argparse
-import json
 
 import pytest
 from diffusers import StableDiffusionPipeline
@@ -27,6 +26,7 @@ def test_a_ratio_is_of_medians_and_its_spread_of_single_runs(monkeypatch):
     assert (row["ours"], row["theirs"], row["ratio"], row["spread"]) == (2, 4, 0.5, [0.25, 0.75])
 
 
+@pytest.mark.slow
 def test_a_merging_stage_asks_its_teacher_twice_and_perflow_eight_times(monkeypatch):
     asked = []
     solve = bench.train.solve
@@ -78,12 +78,3 @@ def test_training_is_measured_in_a_run_of_both_kinds_of_stage(tmp_path, monkeypa
 def test_a_forward_pass_of_the_official_unets_takes_0_80_and_6_76_tflop():
     counted = [bench.forward_flops(layouts.SD15, 64), bench.forward_flops(layouts.SDXL, 128)]
     assert counted == pytest.approx([0.803e12, 6.76e12], rel=1e-3)
-
-
-@pytest.mark.parametrize("file", sorted((bench.ROOT / "docs/speed").glob("*.json")), ids=lambda file: file.stem)
-def test_every_recorded_row_names_machine_versions_and_date(file):
-    content = json.loads(file.read_text())
-    assert content["date"] and content["cpu"] and set(content["versions"]) >= {"torch", "diffusers"}
-    for row in content["rows"]:
-        assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"])
-        assert row["spread"][0] <= row["ratio"] * 1.2 and row["spread"][1] >= row["ratio"] / 1.2

@@ -57,16 +57,16 @@ def test_a_diffusion_models_trajectory_is_the_one_of_ddim():
 
 def test_scores_are_rows_that_say_all_and_are_not_measured_twice(tmp_path, monkeypatch):
     file = tmp_path / "rows.json"
-    command = ["score", "--count", 2, "--images", 4, "--json", file, "--out", tmp_path, "--device", "cpu"]
-    assert run(*command, f"{MINIATURE}:2", "--guidance", 1, 2) == 0
+    options = ["--count", 2, "--json", file, "--out", tmp_path, "--device", "cpu", "--images"]
+    assert run("score", f"{MINIATURE}:2", *options, 4, "--guidance", 1, 2) == 0
     rows = json.loads(file.read_text())
     assert [(row["guidance"], row["evaluations"]) for row in rows] == [(1.0, 2), (2.0, 4)]
     assert {row["split"] for row in rows} == {"validation"} and {row["sampler"] for row in rows} == {"ddim"}
     assert {"one item", "two items", "frechet", "clip"} < rows[0].keys()
     seeds, prompt = set(), scenes.prompt
     monkeypatch.setattr(scenes, "prompt", lambda seed, *rest: seeds.add(seed) or prompt(seed, *rest))
-    assert run(*command, f"{MINIATURE}:2") == 0 and not seeds
-    assert run(*command, f"{MINIATURE}:1:dpm++", "--split", "test", "--images", 0) == 0 and seeds == {TEST}
+    assert run("score", f"{MINIATURE}:2", *options, 4) == 0 and not seeds
+    assert run("score", f"{MINIATURE}:1:dpm++", *options, 0, "--split", "test") == 0 and seeds == {TEST}
     *again, alone = json.loads(file.read_text())
     assert again == rows and alone["sampler"] == "dpm++" and "frechet" not in alone
 
@@ -97,7 +97,7 @@ def test_side_by_side_draws_a_row_for_each_model_and_no_more_guidance_for_a_guid
         assert run("side", spec, "--out", tmp_path) == 2
         assert "name a model folder and its steps" in capsys.readouterr().err
     sd, asked, generate = StableDiffusion.load(MINIATURE), [], sample.generate
-    save_flow(sd.unet, flow_scheduler(sd, 1, 2.0), MINIATURE, tmp_path / "guided", torch.float32)
+    save_flow(sd.unet, flow_scheduler(sd, 1, 2.0), sd, tmp_path / "guided", torch.float32)
     monkeypatch.setattr(sample, "generate", lambda *given, **how: asked.append(given[2:4]) or generate(*given, **how))
     assert run("side", f"{MINIATURE}:2", tmp_path / "guided", "--guidance", 6, "--out", tmp_path) == 0
     assert asked == [(2, 6.0), (1, 1.0)] and (tmp_path / "side.png").exists()
@@ -109,6 +109,7 @@ def test_without_matplotlib_a_figure_says_what_to_install(monkeypatch, capsys):
     assert "figures need matplotlib: pip install -r requirements-dev.txt" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_panel_has_named_axes_and_a_legend_of_its_curves(tmp_path, monkeypatch):
     drawn, save = [], figures.save
     monkeypatch.setattr(figures, "save", lambda figure, file: drawn.append(figure) or save(figure, file))
@@ -145,6 +146,7 @@ def other_device(monkeypatch):
     reflow.rising_boundaries.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ELSEWHERE)
 def test_commands_run_where_tensors_are_on_another_device(command, tmp_path, monkeypatch, other_device):
     module, arguments = ELSEWHERE[command]

@@ -42,13 +42,9 @@ def test_methods_that_are_compared_cost_the_same(tmp_path, commands, names):
 
 
 def test_cost_counts_the_steps_of_teacher_and_student(tmp_path, commands):
-    stages = {
-        "w8": 4 + 3,
-        "w4": 2 + 3,
-        "w4-once": 8 + 3,
-    }  # DDIM steps, or windows of the flow; and three for the student
-    for method, nfe in ("i", 64 * (stages["w8"] + stages["w4"])), ("perflow", 2 * 64 * stages["w4-once"]):
-        assert tables.trained(METHODS[method], 0, 64 * 7, settings(tmp_path))[1] == pytest.approx(nfe, rel=0.3)
+    first, merging, perflow = 4 + 3, 2 + 3, 8 + 3  # DDIM steps or windows of the flow; and three for the student
+    for method, nfe in ("i", first + merging), ("perflow", perflow):
+        assert tables.trained(METHODS[method], 0, 64 * 7, settings(tmp_path))[1] == 64 * nfe
     assert [options["--iters"] for options in commands] == ["1", "1", "1"]
 
 

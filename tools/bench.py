@@ -34,6 +34,7 @@ from paper.variants import nfe_of_sample
 from support import layouts
 from support.devices import choose_device
 from support.files import write_json
+from support.latents import write_latents
 from support.weights import build, read_config
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -179,9 +180,9 @@ def bench_train(args: argparse.Namespace) -> list[dict]:
         family, size = FAMILIES[name]
         base, flow = random_model(family, args.work / f"train-{name}", torch.float16), args.work / f"flow-{name}"
         sd = StableDiffusion.load(base, dtype=None)
-        save_flow(sd.unet, flow_scheduler(sd, 8), base, flow, torch.float16)
+        save_flow(sd.unet, flow_scheduler(sd, 8), sd, flow, torch.float16)
         latents, out = args.work / f"latents-{size}", args.work / "train"
-        data.write_latents(latents / "0.safetensors", *torch.randn(2, 256, 4, size, size), ["a red circle"] * 256)
+        write_latents(latents / "0.safetensors", *torch.randn(2, 256, 4, size, size), ["a red circle"] * 256)
         for stage, teacher, teacher_steps in (1, base, 4), (2, flow, 2):
             shutil.rmtree(out, ignore_errors=True)
             command = ["train.py", "--stage", stage, "--teacher", teacher, "--data", latents, "--batch-size", batch]
