@@ -99,8 +99,7 @@ def test_a_result_never_replaces_what_it_is_made_from(tmp_path, out, name, kind)
     """Its folder is not, holds not and lies not in one of these; but it may stand beside them."""
     used, other = tmp_path / "above/base", tmp_path / "other"
     used.mkdir(parents=True)
-    for link in "base", "link":
-        (tmp_path / link).symlink_to(used)
+    (tmp_path / "base").symlink_to(used)
     args = command(tmp_path, **{"teacher": other, "student": other, kind: used}, out=tmp_path / out, name=name)
     assert "which is needed; choose another --out" in refusal(runs.claim, args)
     assert list(used.iterdir()) == []
@@ -142,9 +141,11 @@ def test_one_run_per_folder_until_its_process_ends(tmp_path):
         os._exit(1)
 
 
-@pytest.mark.parametrize("error", [OSError(38, "no locks here"), OSError(95, "not supported")])
-def test_a_disk_without_locks_can_be_used(tmp_path, monkeypatch, error):
-    monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(error))
+def test_a_disk_without_locks_can_be_used(tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(38, "no locks here")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
     runs.claim(command(tmp_path))
 
 
