@@ -162,12 +162,13 @@ def update_of_4(sd15, tmp_path_factory):
     return one_update(sd15, tmp_path_factory.mktemp("update"), "--batch-size", 4)
 
 
+@slow
 @pytest.mark.parametrize(
     "arguments, processes",
     [
         (["--batch-size", 2, "--accumulate", 2], 1),
         (["--batch-size", 4, "--recompute"], 1),
-        pytest.param(["--batch-size", 1, "--accumulate", 2], 2, marks=slow),
+        (["--batch-size", 1, "--accumulate", 2], 2),
     ],
     ids=["two parts", "recomputed activations", "two processes with two parts"],
 )
@@ -182,6 +183,7 @@ def test_a_batch_gives_the_same_gradient_however_it_is_computed(sd15, tmp_path, 
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() + 1e-10
 
 
+@slow
 def test_recomputing_runs_each_block_again_on_the_way_back(sd15):
     counts = []
     for recomputed in False, True:
@@ -214,6 +216,7 @@ def test_a_young_average_forgets_faster(step, kept):
         torch.testing.assert_close(ours, theirs)
 
 
+@slow
 @pytest.mark.parametrize("kind", ["diffusion model", "SDXL", "flow of PeRFlow's SDXL"])
 def test_nothing_is_read_back_from_the_device_on_the_way_to_the_gradient(request, kind):
     model, scheduler, windows, steps = KINDS[kind]
@@ -231,6 +234,7 @@ def test_nothing_is_read_back_from_the_device_on_the_way_to_the_gradient(request
     train.update_ema(ema, student, 0, decay=0.9)
 
 
+@slow
 def test_a_device_is_waited_for_once_in_an_update(sd15, tmp_path, monkeypatch):
     waits, teacher = [], helpers.shapes_only(sd15)
     student, tolist = build(UNet, teacher.unet.cfg).requires_grad_(True), torch.Tensor.tolist
@@ -338,6 +342,7 @@ def stages(sd15, tmp_path_factory):
     return out, before
 
 
+@slow
 def test_a_stage_makes_a_flow_that_diffusers_opens_too(stages):
     out, _ = stages
     flow, base = StableDiffusion.load(out / "stage-1"), StableDiffusion.load(out / "base")
@@ -355,6 +360,7 @@ def test_a_stage_makes_a_flow_that_diffusers_opens_too(stages):
     assert theirs.scheduler.config.num_time_windows == 8 and theirs.scheduler.config.beta_end == 0.012
 
 
+@slow
 def test_a_stage_keeps_the_average_in_half_precision(stages):
     out, _ = stages
     state = state_of(out / "stage-1-run")
@@ -364,6 +370,7 @@ def test_a_stage_keeps_the_average_in_half_precision(stages):
     assert not any(torch.equal(weight, state["student"][name].half()) for name, weight in unet.items())
 
 
+@slow
 def test_a_stage_has_all_files_of_its_base_and_changes_none(stages):
     out, before = stages
     assert {path: (out / "base" / path).read_bytes() for path in before} == before
@@ -372,6 +379,7 @@ def test_a_stage_has_all_files_of_its_base_and_changes_none(stages):
         assert files == before.keys()
 
 
+@slow
 def test_a_line_of_the_log_is_that_of_an_update(stages):
     out, _ = stages
     lines = log_of(out / "stage-1-run")
@@ -382,6 +390,7 @@ def test_a_line_of_the_log_is_that_of_an_update(stages):
     assert all(line["loss"] == pytest.approx(line["mse"] + 0.1 * line["cos"], rel=1e-4) for line in lines)
 
 
+@slow
 def test_a_sheet_shows_what_the_average_draws(stages):
     out, _ = stages
     (file,) = (out / "stage-1-run").glob("*.p*g")
