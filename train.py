@@ -169,8 +169,9 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[Stabl
     """The teacher with all its parts, frozen, in the low precision of the device; and the student's UNet, in fp32."""
     low = torch.float32 if device.type == "cpu" else torch.bfloat16
     teacher = StableDiffusion.load(args.teacher, device, low)
-    # Weights are views of the mapped file until they are used: of these two, just one part each takes memory.
-    exact, student = (StableDiffusion.load(path, "cpu", None) for path in (args.teacher, args.student))
+    # Weights are views of the mapped file until they are used: of these, just one part each takes memory.
+    exact = StableDiffusion.load(args.teacher, "cpu", None)
+    student = exact if args.student == args.teacher else StableDiffusion.load(args.student, "cpu", None)
     kinds = [(sd.unet.cfg, sd.prediction_type, is_perflow(sd.configs["scheduler"])) for sd in (exact, student)]
     if kinds[0] != kinds[1]:
         raise InputError(f"the student {args.student} is not built as the teacher {args.teacher}; choose another")
