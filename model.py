@@ -277,12 +277,14 @@ class StableDiffusion:
         return fingerprint(*weights, torch.frombuffer(bytearray(rest), dtype=torch.uint8))
 
 
-def save_flow(unet: UNet, scheduler: dict, base: StableDiffusion, out: Path, dtype: torch.dtype) -> None:
+def save_flow(unet: UNet, scheduler: dict, base: StableDiffusion | Path, out: Path, dtype: torch.dtype) -> None:
     """Write a flow as a complete model folder: this UNet and scheduler, and all other parts of `base`.
 
-    They are copies, so that nothing done to the base's files changes the flow later. On disk, a flow takes 2.5 GB for
-    SD1.5 and 8.8 GB for SDXL, of which the copied parts in float32 are 0.8 GB and 3.6 GB.
+    A loaded base is written from memory: its folder may be gone by now. The parts are copies, so nothing done to the
+    base's files changes the flow later. On disk, a flow takes 2.5 GB for SD1.5 and 8.7 GB for SDXL, of which the
+    copied parts in float32 are 0.8 GB and 3.6 GB.
     """
+    base = base if isinstance(base, StableDiffusion) else StableDiffusion.load(base, dtype=None)
     half = build(UNet, unet.cfg)
     half.load_state_dict({name: weight.detach().to(dtype) for name, weight in unet.state_dict().items()}, assign=True)
     networks, configs = base.networks | {"unet": half}, base.configs | {"scheduler": scheduler}
