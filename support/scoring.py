@@ -80,9 +80,9 @@ def read_ahead(
 def add_up(table: Tensor) -> Tensor:
     """The sum of the tables of all processes that torchrun started."""
     if rank_and_world()[1] > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
         torch.distributed.all_reduce(table)
-        torch.distributed.destroy_process_group()
     return table
 
 
