@@ -154,13 +154,14 @@ def table(args: argparse.Namespace) -> str:
 
 def summary(args: argparse.Namespace) -> str:
     """The rows of SUMMARY on the test split with --count prompts; of several, the one that was measured last."""
-    head = ["model, sampler", "steps", "NFE", "Frechet distance", "prompt accuracy, one item", "two items", "paper's FID"]
+    head = ["model", "steps", "NFE", "Frechet distance", "prompt accuracy, one item", "two items", "paper's FID"]
     lines = [head, ["---"] * len(head)]
     for model, sampler, steps, scale in SUMMARY:
         key = {"model": model, "sampler": sampler, "steps": steps, "guidance": scale, "split": "test"}
         key |= {"prompts": args.count}
         for row in [row for row in read_rows(args.json) if key.items() <= row.items() and "frechet" in row][-1:]:
-            cells = [f"{NAMES[model]}, {sampler}", steps, row["evaluations"], f"{row['frechet']:.2f}"]
+            name = NAMES[model] if sampler == "flow" else f"{NAMES[model]}, {sample.SAMPLERS[sampler]}"
+            cells = [name, steps, row["evaluations"], f"{row['frechet']:.2f}"]
             paper = PAPER.get((model, sampler, steps), "")
             lines.append([*cells, f"{row['one item']:.1%}", f"{row['two items']:.1%}", paper])
     return markdown(lines)
