@@ -28,7 +28,7 @@ miniature: .venv/ready  ## train the miniature again, from nothing
 
 bench: .venv/ready-dev  ## speed against diffusers, transformers, scipy
 	for what in networks pipeline frechet step; do \
-	  $(BIN)/python -m tools.bench $$what --json docs/speed/bench-$$what.json || exit; done
+	  $(BIN)/python -m tools.bench $$what --json docs/speed/$$what.json || exit; done
 
 walkthrough: .venv/ready  ## run docs/walkthrough.md again
 	$(BIN)/python -m tools.walkthrough

@@ -38,7 +38,7 @@ def compute(operation, args, kwargs):
     args_, kwargs = tree_map_only(Elsewhere, lambda x: x.values_there, (args, kwargs))
     result = operation(*args_, **kwargs)
     if operation._schema.name.endswith("_"):  # in place
-        return args[0]
+        return result if result is None else args[0]
     return result if device and device.type == "cpu" else tree_map_only(torch.Tensor, Elsewhere, result)
 
 

@@ -26,6 +26,7 @@ def test_a_ratio_is_of_medians_and_its_spread_of_single_runs(monkeypatch):
     assert (row["ours"], row["theirs"], row["ratio"], row["spread"]) == (2, 4, 0.5, [0.25, 0.75])
 
 
+@pytest.mark.slow
 def test_a_merging_stage_asks_its_teacher_twice_and_perflow_eight_times(monkeypatch):
     asked = []
     solve = bench.train.solve

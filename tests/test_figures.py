@@ -109,6 +109,7 @@ def test_without_matplotlib_a_figure_says_what_to_install(monkeypatch, capsys):
     assert "figures need matplotlib: pip install -r requirements-dev.txt" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_panel_has_named_axes_and_a_legend_of_its_curves(tmp_path, monkeypatch):
     drawn, save = [], figures.save
     monkeypatch.setattr(figures, "save", lambda figure, file: drawn.append(figure) or save(figure, file))
@@ -145,6 +146,7 @@ def other_device(monkeypatch):
     reflow.rising_boundaries.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ELSEWHERE)
 def test_commands_run_where_tensors_are_on_another_device(command, tmp_path, monkeypatch, other_device):
     module, arguments = ELSEWHERE[command]

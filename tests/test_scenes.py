@@ -71,6 +71,7 @@ def test_a_caption_says_its_facts_and_no_others():
         assert claims(say(facts, rng)) == facts
 
 
+@pytest.mark.slow
 def test_captions_are_true_and_say_part_of_what_the_image_shows():
     said = []
     for index in range(800):
@@ -173,6 +174,7 @@ def test_any_image_can_be_read():
 # ---- The judge ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_scene_shows_its_own_caption_and_seldom_another():
     own, other, last = [], [], "a red circle"
     for index in range(100):
