@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support.errors import InputError
 from support.vocabulary import BEGIN, END, read_tokenizer
 
 
@@ -50,6 +51,19 @@ class Tokenizer:
             row = [self.begin, *encoding.ids[:room], self.end]
             rows.append(row + [self.pad] * (self.length - len(row)))
         return torch.tensor(rows, dtype=torch.int64).view(-1, self.length)  # so also for no prompts at all
+
+
+def load_tokenizers(path: Path, two: bool) -> list[Tokenizer]:
+    """The tokenizers of a model folder, or of a folder that is one tokenizer; SDXL has `two`."""
+    if path.is_file():
+        raise InputError(f"{path}: a single file holds no tokenizer; give the folder of one (tokenizer=, --tokenizer)")
+    folder = path / "tokenizer" if (path / "tokenizer").is_dir() else path
+    tokenizers = [Tokenizer.load(folder)]
+    if two and (path / "tokenizer_2").is_dir():
+        tokenizers.append(Tokenizer.load(path / "tokenizer_2"))
+    elif two:  # the second one is the same, but for its padding
+        tokenizers.append(Tokenizer.load(folder, pad_token="!"))
+    return tokenizers
 
 
 @dataclass

@@ -26,11 +26,11 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from support.devices import choose_device, rank_and_world
-from support.errors import InputError, one_line_errors
+from support.errors import InputError, Parser, count, one_line_errors, positive_int
 from support.files import fingerprint, make_folder
 from support.images import find_images, read_image
 from support.inception import PUBLISHED, Inception
-from support.scoring import Statistics, add_up, check_left_out, enough_memory, read_ahead, settings_of_run
+from support.scoring import Statistics, add_up, check_left_out, read_ahead, settings_of_run
 
 WEIGHTS = Path(__file__).parent / "weights" / Path(PUBLISHED).name
 
@@ -192,8 +192,6 @@ def run(args: argparse.Namespace, network_on: Callable[[str], Network]) -> None:
     sources = [args.reference] + ([args.generated] if args.generated else [])
     if args.save_stats and args.save_stats.suffix != ".npz" or not (args.save_stats or args.generated):
         raise InputError("give GENERATED to compare with, or --save-stats FILE.npz for the statistics of REFERENCE")
-    if args.batch_size < 1 or args.workers < 0:
-        raise InputError("--batch-size must be at least 1 and --workers at least 0")
     if args.save_stats:
         make_folder(args.save_stats.parent)
     known = {source: Statistics.load(source) for source in sources if source.suffix == ".npz"}
@@ -223,13 +221,13 @@ def run(args: argparse.Namespace, network_on: Callable[[str], Network]) -> None:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument("reference", type=Path, help="folder of images, or .npz file of their statistics")
     parser.add_argument("generated", type=Path, nargs="?", help="the same; may be left out with --save-stats")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="none", help="crop, resize and mode of a paper's FID")
     parser.add_argument("--save-stats", type=Path, metavar="F.npz", help="write the statistics of the reference here")
-    parser.add_argument("--batch-size", type=int, default=32, help="images looked at at once")
-    parser.add_argument("--workers", type=int, default=4, help="threads that read images")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="images looked at at once")
+    parser.add_argument("--workers", type=count, default=4, help="threads that read images")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
     return parser
 
@@ -238,7 +236,7 @@ def main() -> None:
     parser = arguments("Frechet distance between two sets of images (FID).")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help=f"the FID network: {WEIGHTS.name}")
     parser.add_argument("--mode", choices=MODES, help="resize to 299 pixels; default: the protocol's, or clean")
-    with one_line_errors(parser), enough_memory():
+    with one_line_errors(parser):
         args = parser.parse_args()
         mode = args.mode or PROTOCOLS[args.protocol].mode
         run(args, lambda device: inception_network(args.weights, mode, device))

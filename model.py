@@ -8,7 +8,6 @@ Shapes: B batch, L = 77 tokens, D width of the text, H W image height and width,
 Read `clip_text.py`, `unet.py` and `vae.py` before this file, `reflow.py` after it.
 """
 
-import copy
 import json
 import sys
 from collections.abc import Callable
@@ -17,13 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clip_text import ClipText, ClipTextConfig, Tokenizer
+from clip_text import ClipText, ClipTextConfig, Tokenizer, load_tokenizers
 from support import layouts
 from support.bands import decode_in_bands
-from support.checks import check_buffers, check_fit, check_metadata, check_scheduler, is_perflow
+from support.checks import check_fit, check_scheduler, is_perflow
 from support.errors import InputError
-from support.files import fingerprint, read_json, replaced, write_json, write_tensors
-from support.weights import assign, build, find_tensors, read_config, read_header, weight_files
+from support.files import fingerprint, replaced, write_json, write_tensors
+from support.folders import STEMS, kept_dtype, read_folder
+from support.official import flow_scheduler as flow_scheduler
+from support.weights import assign, build, read_config
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -33,13 +34,13 @@ FLOW = WEIGHTS / "proreflow-i"  # the paper's ProReflow-I, trained from it: 4 wi
 
 Conditions = tuple[Tensor, Tensor | None, Tensor | None]  # context (B, L, D); SDXL: pooled (B, 1280), time_ids (B, 6)
 
-# component: its network, its settings, the name of its weight files
+# GPUs would round the factors of float32 convolutions to 10 bits (TF32), and with them images and latents.
+FULL_PRECISION = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
 NETWORKS = {
-    "unet": (UNet, UNetConfig, "diffusion_pytorch_model"),
-    "vae": (VAE, VAEConfig, "diffusion_pytorch_model"),
-    "text_encoder": (ClipText, ClipTextConfig, "model"),
-    "text_encoder_2": (ClipText, ClipTextConfig, "model"),
-}
+    "unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig), "text_encoder": (ClipText, ClipTextConfig),
+    "text_encoder_2": (ClipText, ClipTextConfig),
+}  # fmt: skip
 
 
 class StableDiffusion:
@@ -148,6 +149,7 @@ class StableDiffusion:
         return guided
 
     @torch.no_grad()
+    @FULL_PRECISION
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> mean and log-variance of their latents, (B, 4, h, w) each, unscaled."""
         weight = self.vae.encoder.conv_in.weight
@@ -166,11 +168,11 @@ class StableDiffusion:
         return (mean * self.vae.cfg.scaling_factor).to(self.dtype)
 
     @torch.no_grad()
+    @FULL_PRECISION
     def decode(self, latents: Tensor, low_memory: bool = False) -> Tensor:
         """Latents (B, 4, h, w) at the UNet's scale -> images (B, 3, H, W) in [-1, 1], fp32.
 
-        low_memory: and of an image, a few rows at a time (`support/bands.py`). A VAE that overflows is run again in
-        float32. Raises InputError where the latents are not finite.
+        low_memory: a few rows at a time (`support/bands.py`). Raises InputError where the latents are not finite.
         """
         if not latents.isfinite().all():
             raise InputError("the UNet's numbers are not finite; use --dtype float32, and look at the model's files")
@@ -215,24 +217,22 @@ class StableDiffusion:
 
         dtype None keeps that of the file. In float16, a VAE that may overflow is kept in float32 (`force_upcast`).
         tokenizer: folder of the tokenizer(s), instead of the model folder's own; single files need one. variant: of a
-        folder's weight files, as in `diffusion_pytorch_model.VARIANT.safetensors`.
-        All networks come frozen and in eval mode. Raises InputError.
+        folder's weight files, such as "fp16". All networks come frozen and in eval mode. Raises InputError.
         """
         path = Path(path)
-        family, configs, files = (read_folder if path.is_dir() else read_single_file)(path, dtype, variant)
+        if path.is_dir():
+            family, (configs, files) = None, read_folder(path, dtype, variant)
+        else:
+            family, configs, files = layouts.read_single_file(path, alphas_cumprod(layouts.SCHEDULER), variant)
         check_scheduler(configs["scheduler"], path)
         networks = {}
         for name in files:
-            network_class, config_class, _ = NETWORKS[name]
+            network_class, config_class = NETWORKS[name]
             if name == "text_encoder_2":  # some folders leave out that it projects its sentence vector
                 configs[name]["architectures"] = ["CLIPTextModelWithProjection"]
             where = f"{path}: {name} config"
             networks[name] = build(network_class, read_config(config_class, configs[name], where), where)
-            keys, stored = networks[name].state_dict().keys(), files[name].keys()
-            if family:
-                sources = layouts.sources_in_single_file(family, name, keys, stored)
-            else:
-                sources = layouts.sources_in_folder(keys, stored)
+            sources = layouts.sources(family, name, networks[name].state_dict(), files[name].keys())
             kept = kept_dtype(dtype, name, configs[name])
             assign(networks[name], sources, files[name], device, kept, f"{path}: {name}")
         tokenizers = load_tokenizers(Path(tokenizer or path), two="text_encoder_2" in networks)
@@ -255,7 +255,7 @@ class StableDiffusion:
                 # transformers would keep float16, diffusers reads everything as float32: this keeps them together
                 as_float32 = {"dtype": "float32"} if name.startswith("text_encoder") else {}
                 write_json(aside / name / "config.json", self.configs[name] | as_float32)
-                write_tensors(aside / name / f"{NETWORKS[name][2]}.safetensors", network.state_dict())
+                write_tensors(aside / name / f"{STEMS[name]}.safetensors", network.state_dict())
             for tokenizer, folder in zip(self.tokenizers, ("tokenizer", "tokenizer_2")):
                 (aside / folder).mkdir()
                 for name, content in tokenizer.files.items():
@@ -263,14 +263,11 @@ class StableDiffusion:
 
     def model_index(self) -> dict:
         """Which library's class each part is of; parts that we do not read, such as a safety checker, are left out."""
-        ours = {*self.networks, "tokenizer", "tokenizer_2", "scheduler"}
-        index = {
-            name: [None, None] if isinstance(value, list) and name not in ours else value
-            for name, value in self.configs["model_index"].items()
-        }
-        if not is_perflow(self.configs["scheduler"]):
-            index["scheduler"] = ["diffusers", self.configs["scheduler"].get("_class_name", "DDIMScheduler")]
-        return index
+        index, ours = self.configs["model_index"], {*self.networks, "tokenizer", "tokenizer_2", "scheduler"}
+        others = [name for name, value in index.items() if isinstance(value, list) and name not in ours]
+        sampler = self.configs["scheduler"].get("_class_name", "DDIMScheduler")
+        sampler = {} if sampler == "PeRFlowScheduler" else {"scheduler": ["diffusers", sampler]}
+        return index | dict.fromkeys(others, [None, None]) | sampler
 
     def fingerprint(self) -> str:
         """Tells this model from every other: by all its weights, settings and tokenizers."""
@@ -278,83 +275,6 @@ class StableDiffusion:
         rest = json.dumps(self.configs, sort_keys=True).encode()
         rest += b"".join(content for tokenizer in self.tokenizers for content in tokenizer.files.values())
         return fingerprint(*weights, torch.frombuffer(bytearray(rest), dtype=torch.uint8))
-
-
-def read_folder(
-    path: Path, dtype: torch.dtype | None, variant: str | None
-) -> tuple[None, dict[str, dict], dict[str, dict[str, Path]]]:
-    """(None, settings of a model folder's parts, for each of its networks the file of every tensor)."""
-    configs = {"model_index": read_json(path / "model_index.json")}
-    configs["scheduler"] = read_json(path / "scheduler/scheduler_config.json")
-    names = [name for name in NETWORKS if name != "text_encoder_2" or any(configs["model_index"].get(name) or [])]
-    configs |= {name: read_json(path / name / "config.json") for name in names}
-    if variant and not any(variant in weight_files(path / name, NETWORKS[name][2]) for name in names):
-        raise InputError(f"{path} has no weights of variant {variant!r}; leave --variant out, or look at its files")
-    return (
-        None,
-        configs,
-        {
-            name: find_tensors(path / name, NETWORKS[name][2], kept_dtype(dtype, name, configs[name]), variant)
-            for name in names
-        },
-    )
-
-
-def read_single_file(
-    file: Path, dtype: torch.dtype | None, variant: str | None
-) -> tuple[str, dict[str, dict], dict[str, dict[str, Path]]]:
-    """(family, settings, tensors) of a single file. Its settings are the official ones of its family; only a flow of
-    ours also holds those of its scheduler."""
-    names, metadata = read_header(file)
-    if variant:
-        raise InputError(f"{file} is a single file, which has no variants; leave --variant out")
-    family = layouts.family_of(names, file)
-    check_metadata(metadata, family, file)
-    configs = copy.deepcopy(layouts.OFFICIAL[family])
-    check_buffers(file, names, alphas_cumprod(configs["scheduler"]))
-    configs["scheduler"] |= layouts.scheduler_in(metadata, file)
-    parts = layouts.PREFIXES[family].items()
-    return family, configs, {part: {n: file for n in names if n.startswith(prefix)} for part, prefix in parts}
-
-
-def kept_dtype(dtype: torch.dtype | None, name: str, config: dict) -> torch.dtype | None:
-    """The dtype that a network is kept in when `dtype` is asked for. A VAE overflows in float16 unless its config
-    denies it: the official libraries take `force_upcast` for true where it is left out."""
-    overflows = name == "vae" and config.get("force_upcast") is not False
-    return torch.float32 if dtype == torch.float16 and overflows else dtype
-
-
-def load_tokenizers(path: Path, two: bool) -> list[Tokenizer]:
-    """The tokenizers of a model folder, or of a folder that is one tokenizer; SDXL has `two`."""
-    if path.is_file():
-        raise InputError(f"{path}: a single file holds no tokenizer; give the folder of one (tokenizer=, --tokenizer)")
-    folder = path / "tokenizer" if (path / "tokenizer").is_dir() else path
-    first = Tokenizer.load(folder)
-    if not two:
-        return [first]
-    if (path / "tokenizer_2").is_dir():
-        return [first, Tokenizer.load(path / "tokenizer_2")]
-    return [first, Tokenizer.load(folder, pad_token="!")]  # the second one is the same, but for its padding
-
-
-def flow_scheduler(
-    teacher: StableDiffusion, windows: int, guidance: float = 1.0, prediction_type: str = "epsilon"
-) -> dict:
-    """The scheduler settings of a flow trained from `teacher`: plain DDIM with trailing spacing, one step a window, and
-    the number of windows. PeRFlow's flows stay PeRFlow's, and "ddim_eps" or "diff_eps" make one.
-
-    guidance: that the teacher's trajectories had.
-    """
-    before = teacher.configs["scheduler"]
-    if prediction_type != "epsilon":
-        scheduler = layouts.SCHEDULER | {"_class_name": "PeRFlowScheduler", "prediction_type": prediction_type}
-    elif is_perflow(before):
-        scheduler = before
-    else:
-        scheduler = layouts.SCHEDULER | {"timestep_spacing": "trailing"}
-    learned = {"trained_guidance": guidance} if guidance != 1 else {}
-    kept = {name: before[name] for name in before if name == "trained_guidance"}
-    return scheduler | {"num_time_windows": windows} | kept | learned
 
 
 def save_flow(unet: UNet, scheduler: dict, base: StableDiffusion, out: Path, dtype: torch.dtype) -> None:

@@ -294,16 +294,13 @@ class UNet(nn.Module):
         self.time_embedding = Embedding(channels[0], emb_width)
         if cfg.addition_embed_type:
             self.add_embedding = Embedding(cfg.projection_class_embeddings_input_dim, emb_width)
-
         self.conv_in = nn.Conv2d(cfg.in_channels, channels[0], 3, padding=1)
         skip_channels = [channels[0]]  # what the forward pass will find on `skips`
         self.down_blocks = nn.ModuleList()
         for level in range(len(channels)):
             self.down_blocks.append(DownBlock(cfg, level, in_channels=skip_channels[-1]))
             skip_channels += [channels[level]] * (cfg.layers_per_block + len(self.down_blocks[-1].downsamplers))
-
         self.mid_block = MidBlock(cfg)
-
         self.up_blocks = nn.ModuleList()
         for level in reversed(range(len(channels))):
             coarser = channels[min(level + 1, len(channels) - 1)]
@@ -322,12 +319,7 @@ class UNet(nn.Module):
         return emb
 
     def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        context: Tensor,
-        pooled: Tensor | None = None,
-        time_ids: Tensor | None = None,
+        self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, time_ids: Tensor | None = None
     ) -> Tensor:
         """Predict the noise in latents x (B, 4, H, W) at timesteps t (B,), on the network's own scale 0..1000.
 
@@ -335,7 +327,6 @@ class UNet(nn.Module):
         top, left, target height, width, in pixels.
         """
         emb = silu(self.embed_conditions(t, pooled, time_ids))  # once for all residual blocks
-
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:

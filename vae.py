@@ -1,6 +1,6 @@
 """The autoencoder: images <-> latents, 8 times smaller on each side (Kingma & Welling 2014; Rombach et al. 2022).
 
-Diffusion at full resolution is dear, so Stable Diffusion works on latents. The encoder gives a mean and a variance
+Diffusion at full resolution is expensive, so Stable Diffusion works on latents. The encoder gives a mean and a variance
 for every latent number, the decoder turns latents back into an image. Both are trained once, then frozen.
 
 Shapes: B batch, 3 colors, C channels, H W height and width of the image, h w = H/8 W/8 those of the latents.

@@ -10,7 +10,6 @@ import fid
 from evaluation.clip_score import ClipScore
 from evaluation.clip_vision import prepare
 from support.errors import one_line_errors
-from support.scoring import enough_memory
 
 
 def clip_network(folder: Path, device: str) -> fid.Network:
@@ -24,7 +23,7 @@ def clip_network(folder: Path, device: str) -> fid.Network:
 def main() -> None:
     parser = fid.arguments(__doc__.partition("\n")[0])
     parser.add_argument("--clip", type=Path, required=True, help="CLIP folder")
-    with one_line_errors(parser), enough_memory():
+    with one_line_errors(parser):
         args = parser.parse_args()
         fid.run(args, partial(clip_network, args.clip))
 

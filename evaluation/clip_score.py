@@ -29,11 +29,12 @@ from fid import crop_then_resize
 from support.captions import read_coco, read_prompts
 from support.clip_folder import ClipImageConfig, read_image_config, read_towers
 from support.devices import choose_device, rank_and_world
-from support.errors import InputError, one_line_errors
+from support.errors import InputError, Parser, count, one_line_errors, positive_int
 from support.images import find_images, read_image, settings_of_png, to_rgb
 from support.layouts import as_stored
-from support.scoring import add_up, check_left_out, enough_memory, read_ahead, settings_of_run
-from support.weights import assign, build, find_tensors, read_config
+from support.scoring import add_up, check_left_out, read_ahead, settings_of_run
+from support.folders import find_tensors
+from support.weights import assign, build, read_config
 
 
 @dataclass
@@ -89,10 +90,7 @@ class ClipScore:
         sources = {key: (key.partition(".")[2], as_stored) for key in both.state_dict()}
         assign(both, sources, files, device, dtype, str(folder))
 
-        try:
-            tokenizer = Tokenizer.load(folder)
-        except (OSError, ValueError) as error:
-            raise InputError(str(error)) from None
+        tokenizer = Tokenizer.load(folder)
         tokens, rows = tokenizer.bpe.get_vocab_size(), text.cfg.vocab_size
         if tokens != rows:  # its ids would be other words to the text tower
             raise InputError(f"{folder}: the tokenizer knows {tokens} tokens, the text tower {rows}; they do not fit")
@@ -176,8 +174,6 @@ def find_prompts(files: list[Path], source: Path | None) -> list[str]:
 
 def run(args: argparse.Namespace) -> None:
     rank, world = rank_and_world()
-    if args.batch_size < 1 or args.workers < 0:
-        raise InputError("--batch-size must be at least 1 and --workers at least 0")
     files = find_images(args.images)
     settings_of_run(args.images, files)
     prompts = find_prompts(files, args.prompts)
@@ -206,17 +202,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How well do images fit their prompts? The CLIP score.")
+    parser = Parser(description="How well do images fit their prompts? The CLIP score.")
     parser.add_argument("images", type=Path, help="folder of images")
     prompts = "a prompt per line, or a COCO captions JSON; default: each PNG's own prompt"
     parser.add_argument("--prompts", type=Path, help=prompts)
     parser.add_argument("--clip", type=Path, required=True, help="CLIP folder")
     convention = 'logits (default): 100 x cosine; prefix: raw cosine, with "A photo depicts " before the prompt'
     parser.add_argument("--convention", choices=CONVENTIONS, default="logits", help=convention)
-    parser.add_argument("--batch-size", type=int, default=32, help="images looked at at once")
-    parser.add_argument("--workers", type=int, default=4, help="threads that read images")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="images looked at at once")
+    parser.add_argument("--workers", type=count, default=4, help="threads that read images")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
-    with one_line_errors(parser), enough_memory():
+    with one_line_errors(parser):
         run(parser.parse_args())
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from support.captions import read_coco
-from support.errors import InputError, one_line_errors
+from support.errors import InputError, Parser, one_line_errors
 from support.files import listed, make_folder, replaced, write_text
 from support.scoring import check_left_out
 
@@ -51,7 +51,7 @@ class Choice:
 
 
 CHOICES = {
-    # GigaGAN; the paper's table 2. Its authors have a list of captions, one per line; give sample.py that if you have it.
+    # GigaGAN; the paper's table 2. Its authors have a list of captions. If you have it, give it to sample.py.
     "coco2014-30k": Choice(30_000, shuffled, True),
     "coco2017-5k": Choice(5_000, first_of_each, False),  # Rectified Diffusion; table 1
     "coco2014-10k": Choice(10_000, one_of_each, False),  # DMD2, for SDXL; table 3
@@ -84,7 +84,7 @@ def prepare(protocol: str, captions_file: Path, images: Path, out: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", choices=CHOICES)
     parser.add_argument("captions", type=Path, help="captions_val2014.json or captions_val2017.json")
     parser.add_argument("images", type=Path, help="folder of the images, val2014 or val2017")

@@ -117,6 +117,10 @@ def check_fit(networks: dict[str, nn.Module], tokenizers: list, path: Path) -> N
     unet, vae, width = networks["unet"].cfg, networks["vae"].cfg, sum(cfg.hidden_size for cfg in encoders)
     if unet.cross_attention_dim != width:
         raise InputError(f"{path}: the UNet expects text of width {unet.cross_attention_dim}, not {width}")
+    sizes = encoders[-1].projection_dim + 6 * (unet.addition_time_embed_dim or 0) if len(encoders) == 2 else None
+    if sizes != (unet.projection_class_embeddings_input_dim if unet.addition_embed_type else None):
+        found = unet.projection_class_embeddings_input_dim
+        raise InputError(f"{path}: the UNet takes {found} numbers of pooled text and sizes, the encoders make {sizes}")
     if not unet.in_channels == unet.out_channels == vae.latent_channels:
         raise InputError(
             f"{path}: the UNet maps {unet.in_channels} channels to {unet.out_channels}, the latents have "

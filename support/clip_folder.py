@@ -27,8 +27,8 @@ ABSENT = {"add_cross_attention", "is_decoder", "is_encoder_decoder", "pruned_hea
 class ClipImageConfig:
     """The fields of a CLIP folder's `preprocessor_config.json` that we read; the defaults are CLIP's own."""
 
-    size: int = 224  # of the short side; in newer files {"shortest_edge": 224}
-    crop_size: int = 224  # of the square that the network sees; in newer files {"height": 224, "width": 224}
+    size: int | dict = 224  # of the short side; in newer files {"shortest_edge": 224}
+    crop_size: int | dict = 224  # of the square that the network sees; in newer files {"height": 224, "width": 224}
     resample: int = 3  # pillow's number for bicubic
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)

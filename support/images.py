@@ -36,16 +36,16 @@ def find_files(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
     """The files of wanted names in a folder tree, in natural order. Each folder is visited once, links included."""
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; check the path")
-    files, links, seen = [], [folder], set()
-    for link in links:  # grows while it runs
-        for place, folders, names in os.walk(link):
-            folders[:] = [name for name in folders if not is_hidden(name)]
-            if os.path.realpath(place) in seen:
-                folders.clear()
-                continue
-            seen.add(os.path.realpath(place))
-            links += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
-            files += [Path(place, name) for name in names if wanted(name) and not is_hidden(name)]
+    files, seen, places = [], set(), [folder]
+    for place in places:  # grows while it runs
+        if os.path.realpath(place) in seen:
+            continue
+        seen.add(os.path.realpath(place))
+        for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
+            if entry.is_dir() and not is_hidden(entry.name):
+                places.append(entry.path)
+            elif wanted(entry.name) and not is_hidden(entry.name):
+                files.append(Path(entry.path))
     return sorted(files, key=natural)
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from support.errors import InputError
 from support.files import read_json, write_tensors
 from support.images import is_hidden
-from support.weights import tensor_names
+from support.folders import tensor_names
 
 
 class Latents(Dataset):

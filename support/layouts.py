@@ -4,6 +4,7 @@ Our attribute names are those of the official folders, so most models load witho
 exceptions: for each of our tensors, where it is found in such a file, and how. `model.py` uses it when loading.
 """
 
+import copy
 import json
 import re
 from collections.abc import Iterable
@@ -12,9 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from support.checks import OTHERS, is_perflow
+from support.checks import OTHERS, check_buffers, check_metadata, is_perflow
 from support.errors import InputError
 from support.files import listed
+from support.folders import read_header
+from support.official import CLIP_L, OFFICIAL, SCHEDULER, SD15, SDXL  # noqa: F401
 from support.weights import Source, read_config
 
 
@@ -172,6 +175,13 @@ def sources_in_single_file(
     return found
 
 
+def sources(family: str | None, component: str, keys: Iterable[str], stored: set[str]) -> dict[str, Source]:
+    """For each of our keys, its source in a single file of `family`, or in a folder where that is None."""
+    if family is None:
+        return sources_in_folder(keys, stored)
+    return sources_in_single_file(family, component, keys, stored)
+
+
 def as_single_file(family: str, component: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The way back: a component's tensors under their names in a single file, and in the form that they have there."""
     stored: dict[str, list[tuple[str, Tensor]]] = {}
@@ -235,68 +245,18 @@ def family_of(names: Iterable[str], where: Path) -> str:
     return family
 
 
-# ---- The official configurations, which single files leave out ------------------------------------------------------
-
-VAE_SD15 = {
-    "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3, "latent_channels": 4, "layers_per_block": 2,
-    "norm_num_groups": 32, "out_channels": 3, "sample_size": 512, "scaling_factor": 0.18215,
-    "up_block_types": ["UpDecoderBlock2D"] * 4, "force_upcast": False,
-}  # fmt: skip
-CLIP_L = {
-    "architectures": ["CLIPTextModel"], "attention_dropout": 0.0, "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2,
-    "hidden_act": "quick_gelu", "hidden_size": 768, "initializer_factor": 1.0, "initializer_range": 0.02,
-    "intermediate_size": 3072, "layer_norm_eps": 1e-05, "max_position_embeddings": 77, "model_type": "clip_text_model",
-    "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 1, "projection_dim": 768, "vocab_size": 49408,
-}  # fmt: skip
-SCHEDULER = {
-    "_class_name": "DDIMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-    "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": "epsilon", "set_alpha_to_one": False,
-    "steps_offset": 1, "timestep_spacing": "leading",
-}  # fmt: skip
-NOTHING = [None, None]
-SD15_INDEX = {
-    "_class_name": "StableDiffusionPipeline", "feature_extractor": NOTHING, "image_encoder": NOTHING,
-    "requires_safety_checker": False, "safety_checker": NOTHING, "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-}  # fmt: skip
-SD15 = {
-    "model_index": SD15_INDEX,
-    "unet": {
-        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": 8,
-        "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False, "cross_attention_dim": 768,
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "downsample_padding": 1,
-        "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1,
-        "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    },
-    "vae": VAE_SD15,
-    "text_encoder": CLIP_L,
-    "scheduler": SCHEDULER,
-}  # fmt: skip
-SDXL = {
-    "model_index": SD15_INDEX | {
-        "_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True,
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    },
-    "unet": {
-        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256, "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280],
-        "cross_attention_dim": 2048, "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
-        "in_channels": 4, "layers_per_block": 2, "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4,
-        "projection_class_embeddings_input_dim": 2816, "sample_size": 128, "transformer_layers_per_block": [1, 2, 10],
-        "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"], "use_linear_projection": True,
-    },
-    "vae": VAE_SD15 | {"force_upcast": True, "sample_size": 1024, "scaling_factor": 0.13025},
-    "text_encoder": CLIP_L,
-    "text_encoder_2": CLIP_L | {
-        "architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu", "hidden_size": 1280,
-        "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32, "projection_dim": 1280,
-    },
-    "scheduler": SCHEDULER,
-}  # fmt: skip
-for removed in "requires_safety_checker", "safety_checker":
-    del SDXL["model_index"][removed]  # the SDXL pipeline has none
-OFFICIAL = {"SD1.5": SD15, "SDXL": SDXL}
+def read_single_file(
+    file: Path, alphas_cumprod: Tensor, variant: str | None
+) -> tuple[str, dict[str, dict], dict[str, dict[str, Path]]]:
+    """(family, settings, tensors of each network) of a single file. Its settings are the official ones of its family;
+    only a flow of ours also holds those of its scheduler. alphas_cumprod: Stable Diffusion's. Raises InputError."""
+    names, metadata = read_header(file)
+    if variant:
+        raise InputError(f"{file} is a single file, which has no variants; leave --variant out")
+    family = family_of(names, file)
+    check_metadata(metadata, family, file)
+    check_buffers(file, names, alphas_cumprod)
+    configs = copy.deepcopy(OFFICIAL[family])
+    configs["scheduler"] |= scheduler_in(metadata, file)
+    parts = PREFIXES[family].items()
+    return family, configs, {part: {n: file for n in names if n.startswith(prefix)} for part, prefix in parts}

@@ -1,6 +1,5 @@
 """What scores need and a reader may skip: files of statistics, images read ahead, left out, and how they were made."""
 
-import contextlib
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -108,15 +107,3 @@ def settings_of_run(folder: Path, files: list[Path]) -> dict[str, str]:
     if made:
         check_left_out(len(others), len(files), folder, f"are not of sample.py like the others ({listed(others)})")
     return made[0] if made else {}
-
-
-@contextlib.contextmanager
-def enough_memory() -> Iterator[None]:
-    """One line where there is too little memory, instead of a traceback."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        signs = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
-            raise InputError("there is too little memory for this; lower --batch-size") from None
-        raise

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from support.errors import InputError
-from support.files import PICKLES, listed, read_json, refuse_pickle
+from support.files import listed
 
 # Where a tensor of ours is found: its name in the file, and the way from the stored tensor to ours.
 Source = tuple[str, Callable[[torch.Tensor], torch.Tensor]]
@@ -70,63 +70,6 @@ def fits(value: object, kind: object) -> bool:
 
 def as_tuple(value) -> tuple:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def read_header(file: Path) -> tuple[list[str], dict[str, str]]:
-    """Names of the tensors in a safetensors file, and its metadata; only the header is read."""
-    if file.suffix in PICKLES:
-        refuse_pickle(file)
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys()), tensors.metadata() or {}
-    except FileNotFoundError:
-        raise InputError(f"{file} does not exist; check the path") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is damaged, truncated or no safetensors file ({error}); fetch it again") from None
-
-
-def tensor_names(file: Path) -> list[str]:
-    return read_header(file)[0]
-
-
-# Weight files and indices of shards, of a variant ("fp16", "bf16", "v0-fix"...) or of none. It has had four places.
-WEIGHTS = r"{stem}(?:\.(.+?))?\.safetensors(?:(?:\.(.+?))?\.index(?:\.(.+?))?\.json)?"
-
-
-def weight_files(folder: Path, stem: str) -> dict[str | None, Path]:
-    """A folder's weight files, or indices of several, by their variant."""
-    found = {}
-    for file in sorted(folder.glob(f"{stem}*"), key=lambda file: (file.suffix == ".json", file.name)):
-        match = re.fullmatch(WEIGHTS.format(stem=stem), file.name)
-        if match and not re.search(r"-\d+-of-\d+\.", file.name):
-            found.setdefault(match[1] or match[2] or match[3], file)
-    return found
-
-
-def find_tensors(folder: Path, stem: str, dtype: torch.dtype | None, variant: str | None = None) -> dict[str, Path]:
-    """The tensors of a component's folder, and the file each of them is in: one file, or shards with an index.
-
-    Of several variants, the wanted one is taken; else float16's for float16, where it loses nothing; else the plain
-    file. Raises InputError.
-    """
-    found = weight_files(folder, stem)
-    wanted = [variant, None, "fp16"] if variant or dtype != torch.float16 else ["fp16", None]
-    choice = [name for name in wanted if name in found] or list(found)
-    if not choice:
-        for file in sorted(folder.glob("*")):
-            if file.suffix in PICKLES:
-                refuse_pickle(file)
-        raise InputError(f"{folder} has no weights: {stem}.safetensors is missing")
-    if choice[0] not in wanted and len(found) > 1:
-        raise InputError(f"{folder} has several variants; choose one with --variant: {', '.join(sorted(found))}")
-    file = found[choice[0]]
-    if file.suffix == ".safetensors":
-        return dict.fromkeys(tensor_names(file), file)
-    try:
-        shards = [folder / shard for shard in sorted(set(read_json(file)["weight_map"].values()))]
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{file} is no index: it has no weight_map of tensors to files; fetch it again") from None
-    return {name: shard for shard in shards for name in tensor_names(shard)}
 
 
 def build(network_class: type[nn.Module], config, where: str = "config") -> nn.Module:

@@ -14,12 +14,12 @@ import fid
 import sample
 from evaluation import clip_score, coco
 
-ROOT = Path(coco.__file__).parent
+ROOT = Path(fid.__file__).parent
 
 
 @pytest.fixture(scope="module")
 def annotations(tmp_path_factory):
-    """As COCO's: several captions of each image, not in order, one with a line break, images of any shape."""
+    """As COCO's: several captions of each image, not in order, with line breaks, images of any shape."""
     folder = tmp_path_factory.mktemp("coco")
     (folder / "val2017").mkdir()
     rng = np.random.default_rng(0)
@@ -43,10 +43,11 @@ def prompts_of(protocol, annotations, out):
     return (out / "prompts.txt").read_text().splitlines(), sorted(file.name for file in (out / "reference").iterdir())
 
 
-def test_5k_is_the_first_caption_of_every_image_of_2017(annotations, tmp_path):
+def test_5k_is_the_caption_of_every_image_that_comes_first_in_the_file(annotations, tmp_path):
     prompts, reference = prompts_of("coco2017-5k", annotations, tmp_path)
-    assert prompts == [f"a red circle and a {number}" for number in (42, 139, 285, 724)]
+    assert prompts == [f"caption 1 of image {number}" for number in (139, 42, 724, 285)]
     assert reference == [f"{number:012d}.jpg" for number in (42, 139, 285, 724)]
+    assert (tmp_path / "reference" / reference[0]).is_symlink()
 
 
 def test_30k_are_any_captions_once_each_against_all_images(annotations, tmp_path, monkeypatch):
@@ -57,14 +58,20 @@ def test_30k_are_any_captions_once_each_against_all_images(annotations, tmp_path
     assert prompts == every[:3] and len(reference) == 4
 
 
-def test_10k_are_images_drawn_with_numpys_seed_123_and_just_those(annotations, tmp_path, monkeypatch):
-    monkeypatch.setattr(coco.CHOICES["coco2014-10k"], "count", 2)
-    order = [42, 139, 285, 724]
-    np.random.seed(123)
-    np.random.shuffle(order)
-    prompts, reference = prompts_of("coco2014-10k", annotations, tmp_path)
-    assert prompts == [f"a red circle and a {number}" for number in order[:2]]
-    assert reference == sorted(f"{number:012d}.jpg" for number in order[:2])
+def test_10k_is_dmd2s_draw(tmp_path, monkeypatch):
+    """With pandas: `np.random.seed(123)`, then images.merge(annotations, "left", left_on="id", right_on="image_id")
+    .sample(frac=1).drop_duplicates("file_name").sample(5). These rows are what pandas 3.1 gives for the file below."""
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in (7, 3, 9, 1, 4, 8, 2)]
+    rows = [(turn, image) for turn in range(3) for image in (4, 9, 7, 1, 8, 2, 3)]
+    annotations = [{"id": 99 - n, "image_id": i, "caption": f"{turn} of {i}"} for n, (turn, i) in enumerate(rows)]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (tmp_path / "val2017").mkdir()
+    for image in images:
+        (tmp_path / "val2017" / image["file_name"]).touch()
+    monkeypatch.setattr(coco.CHOICES["coco2014-10k"], "count", 5)
+    prompts, reference = prompts_of("coco2014-10k", tmp_path / "c.json", tmp_path / "out")
+    assert prompts == ["1 of 8", "0 of 7", "0 of 2", "1 of 9", "2 of 4"]
+    assert reference == sorted(f"{prompt[-1]}.jpg" for prompt in prompts)
 
 
 def test_every_protocol_of_fid_says_what_to_draw_for_it():
@@ -72,24 +79,40 @@ def test_every_protocol_of_fid_says_what_to_draw_for_it():
     assert counts == {name: choice.count for name, choice in coco.CHOICES.items()}
 
 
+@pytest.mark.parametrize("protocol", coco.CHOICES)
+def test_a_missing_image_is_named_and_left_out_of_both_sides(protocol, annotations, tmp_path, capsys):
+    content = json.loads(annotations.read_text())
+    content["images"].append({"id": 5, "file_name": "gone.jpg"})
+    content["annotations"].append({"image_id": 5, "id": 5, "caption": "what is gone"})
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    (tmp_path / "val2017").symlink_to(annotations.parent / "val2017")
+    prompts, reference = prompts_of(protocol, tmp_path / "c.json", tmp_path / "out")
+    assert len(prompts) == (12 if protocol == "coco2014-30k" else 4) and "what is gone" not in prompts
+    assert len(reference) == 4
+    assert "val2017: 1 of 5 images are missing (gone.jpg)" in capsys.readouterr().err
+
+
+def test_where_links_are_refused_images_are_copied(annotations, tmp_path, monkeypatch):
+    def refuse(self, *args):
+        raise PermissionError(1, "Operation not permitted", str(self))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    _, reference = prompts_of("coco2017-5k", annotations, tmp_path)
+    file = tmp_path / "reference" / reference[0]
+    assert not file.is_symlink() and file.read_bytes() == (annotations.parent / "val2017" / file.name).read_bytes()
+
+
 def test_bad_input_is_refused_in_one_line(annotations, tmp_path):
     images = annotations.parent / "val2017"
-    for content in "no JSON", "{}", '{"images": [], "annotations": [{"id": 1}]}', "[]":
-        (tmp_path / "bad.json").write_text(content)
-        assert "is not a COCO captions JSON" in refusal(
-            coco.prepare, "coco2017-5k", tmp_path / "bad.json", images, tmp_path
-        )
-    (tmp_path / "bad.json").write_text('{"images": [], "annotations": []}')
-    assert "holds no captions" in refusal(coco.prepare, "coco2017-5k", tmp_path / "bad.json", images, tmp_path)
-    assert "cannot read" in refusal(coco.prepare, "coco2017-5k", tmp_path / "nowhere.json", images, tmp_path)
+    content = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 2, "caption": "a"}]}
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    message = refusal(coco.prepare, "coco2017-5k", tmp_path / "bad.json", images, tmp_path)
+    assert "holds no captions of its images" in message
     message = refusal(coco.prepare, "coco2017-5k", annotations, tmp_path, tmp_path / "out")
-    assert message.startswith("4 of 4 images are missing") and not (tmp_path / "out").exists()
+    assert "4 of 4 images are missing (0" in message and not (tmp_path / "out").exists()
 
 
-PROTOCOLS = [("coco2017-5k", "legacy", 2), ("coco2014-30k", "clean", 1), ("coco2014-10k", "clean", 1)]
-
-
-@pytest.mark.parametrize("protocol, mode, processes", PROTOCOLS)
+@pytest.mark.parametrize("protocol, mode, processes", [("coco2017-5k", "legacy", 2), ("coco2014-30k", "clean", 1)])
 def test_a_protocol_goes_from_cocos_files_to_one_line_that_says_all(
     protocol, mode, processes, annotations, inception_file, tmp_path
 ):

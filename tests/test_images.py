@@ -41,7 +41,7 @@ def test_images_are_found_in_natural_order_and_nothing_that_is_hidden(tmp_path):
     for link, folder in ("t/a/circle", "t"), ("other/back", "t/a"), ("t/link", "other"), ("t/link2", "other"):
         (tmp_path / link).symlink_to(tmp_path / folder)
     found = [file.relative_to(tmp_path / "t").as_posix() for file in find_images(tmp_path / "t")]
-    assert [name.replace("link2", "link") for name in found] == ["a/9.JPG", "a/10.png", "b.webp", "link/1.tiff"]
+    assert found == ["a/9.JPG", "a/10.png", "b.webp", "link/1.tiff"]
     assert len(find_images(tmp_path / "t/a/.hidden")) == 1  # a hidden folder that was asked for
     for folder, reason in (tmp_path / "nowhere", "is no folder"), (tmp_path / "t/folder.png", "holds no images"):
         with pytest.raises(InputError, match=reason):

@@ -25,6 +25,7 @@ def base(request):
     return StableDiffusion.load(request.getfixturevalue(request.param))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
 def test_plain_diffusers_draws_a_flow_in_a_step_a_window_as_sample_py_does(base, tmp_path, stored):
     """And opens it without any arguments, however it is stored."""
@@ -43,6 +44,7 @@ def test_plain_diffusers_draws_a_flow_in_a_step_a_window_as_sample_py_does(base,
             assert np.abs(wanted / 255 - images(pipeline, windows, guidance_scale)).max() < 1.01 / 255
 
 
+@pytest.mark.slow
 def test_our_scheduler_draws_any_number_of_steps(base, tmp_path):
     save_flow(base.unet, flow_scheduler(base, 4), base, tmp_path / "flow", torch.float32)
     wanted = sample.generate(StableDiffusion.load(tmp_path / "flow"), PROMPTS, 6, 3.0, seed=5)

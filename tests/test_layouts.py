@@ -24,7 +24,7 @@ UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 def official_tensors(family, component):
     """The names and shapes of an official network's tensors; they take no memory."""
-    network_class, config_class, _ = NETWORKS[component]
+    network_class, config_class = NETWORKS[component]
     config = read_config(config_class, layouts.OFFICIAL[family][component], component)
     return build(network_class, config).state_dict()
 
@@ -61,6 +61,7 @@ def read_back(component, stored):
 # ---- names ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, component, count, parameters",
     [
@@ -221,6 +222,7 @@ def shape_of_projections(name, tensor):
     return name, tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spell",
     [
@@ -240,6 +242,7 @@ def test_a_single_file_in_any_spelling_is_the_same_model_as_its_folder(single, f
     assert loaded.networks.keys() == sd.networks.keys() and same_model(loaded, sd)
 
 
+@pytest.mark.slow
 def test_one_tokenizer_serves_both_encoders_of_sdxl(sdxl, tokenizer):
     # the second differs in its padding alone: "!" instead of the end token
     sd, own = load(sdxl, tokenizer=tokenizer), load(sdxl)
@@ -247,6 +250,7 @@ def test_one_tokenizer_serves_both_encoders_of_sdxl(sdxl, tokenizer):
     assert not torch.equal(sd.tokenizers[0](["red"]), sd.tokenizers[1](["red"]))
 
 
+@pytest.mark.slow
 def test_convert_writes_a_single_file_as_a_folder_and_back(single, family, tmp_path, tokenizer, capsys):
     sd, file = single
     assert exit_code(convert, file, tmp_path / "out", "--tokenizer", tokenizer) == 0
@@ -261,6 +265,7 @@ def test_convert_writes_a_single_file_as_a_folder_and_back(single, family, tmp_p
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction_type", ["epsilon", "ddim_eps"])
 def test_a_flow_stays_one_as_a_single_file(single, tmp_path, tokenizer, prediction_type):
     """By our metadata; or, where other tools have lost it, by what the user says."""
@@ -275,6 +280,7 @@ def test_a_flow_stays_one_as_a_single_file(single, tmp_path, tokenizer, predicti
         assert load(tmp_path / "out").windows == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part, setting, value", [("vae", "scaling_factor", 0.5), ("unet", "attention_head_dim", [1] * 4)]
 )
@@ -291,6 +297,7 @@ def test_what_is_not_official_makes_no_single_file(sd15, tmp_path, part, setting
         assert f"the {part} is none of SD1.5 ({setting})" in refusal(sd.save, tmp_path / "again.safetensors")
 
 
+@pytest.mark.slow
 def test_a_single_file_that_cannot_be_used_is_refused_by_name(single, family, tokenizer, tmp_path):
     _, file = single
     assert "a single file holds no tokenizer; give the folder of one" in refusal(load, file)
@@ -377,6 +384,7 @@ def delta(sd15, tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_base_and_difference_make_a_flow_and_the_flow_the_difference(sd15, delta, tmp_path):
     options = ["--delta", delta, "--windows", 4, "--prediction-type", "diff_eps"]
     assert exit_code(convert, sd15, tmp_path / "flow", *options) == 0
@@ -395,6 +403,7 @@ def test_base_and_difference_make_a_flow_and_the_flow_the_difference(sd15, delta
     assert "a flow of 4 windows, diff_eps, already" in refusal(convert.declare_flow, flow, 2, "diff_eps")
 
 
+@pytest.mark.slow
 def test_a_difference_is_added_in_float32_and_rounded_once_where_little_is_lost(sd15, delta):
     sd, base = load(sd15, dtype=torch.float16), load(sd15, dtype=torch.float16).unet.conv_in.weight
     convert.add_delta(sd, delta)
@@ -405,6 +414,7 @@ def test_a_difference_is_added_in_float32_and_rounded_once_where_little_is_lost(
     )
 
 
+@pytest.mark.slow
 def test_a_difference_needs_two_of_a_kind(sd15, sdxl, delta, tmp_path):
     assert "not built alike" in refusal(convert.save_delta, load(sdxl), load(sd15), tmp_path / "new.safetensors")
     rewrite(delta, lambda tensors: tensors | {"conv_in.weight": torch.ones(8, 9, 3, 3)})

@@ -121,10 +121,12 @@ def test_a_few_at_a_time_are_the_same_as_all(monkeypatch):
     sd, images = load(MINIATURE), draw(3, 3, 64, 64).clamp(-1, 1)
     latents = sd.encode(images)
     decoded, seen = sd.decode(latents), []
-    monkeypatch.setattr(sd, "few_at_a_time", lambda batch, downscale=1: seen.append(1) or batch.split(2))
+    monkeypatch.setattr(
+        sd, "few_at_a_time", lambda batch, _=1: seen.append(torch.backends.cudnn.allow_tf32) or batch.split(2)
+    )
     torch.testing.assert_close(sd.encode(images), latents, rtol=0, atol=1e-4)
     torch.testing.assert_close(sd.decode(latents), decoded, rtol=0, atol=1e-4)
-    assert len(seen) == 2
+    assert seen == [False, False]  # nor are they rounded on GPUs
 
 
 def test_numbers_that_are_not_finite_never_become_an_image(capsys):
@@ -140,6 +142,7 @@ def test_numbers_that_are_not_finite_never_become_an_image(capsys):
     assert "the VAE's numbers are not finite" in refusal(sd.decode, latents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said, kept", [(True, torch.float32), (None, torch.float32), (False, torch.float16)])
 def test_a_vae_stays_in_float32_unless_it_says_that_float16_is_enough(sdxl_copy, sdxl, said, kept):
     # SDXL is published in both variants: the VAE then keeps the digits that float16 would lose
@@ -156,6 +159,7 @@ def test_a_vae_stays_in_float32_unless_it_says_that_float16_is_enough(sdxl_copy,
 # ---- configs and tokenizers of other times and makers ----
 
 
+@pytest.mark.slow
 def test_configs_of_2022_leave_out_what_was_invented_later(sd15_copy, sd15):
     """The fields of SD1.5's published config files, and no others."""
     kept = {
@@ -172,6 +176,7 @@ def test_configs_of_2022_leave_out_what_was_invented_later(sd15_copy, sd15):
     assert old.unet.cfg == new.unet.cfg and old.vae.cfg.scaling_factor == 0.18215
 
 
+@pytest.mark.slow
 def test_folders_that_others_left_behind(sdxl_copy, sdxl):
     """EMA's counters in the UNet's config, no architecture of the second encoder, an added word, the old end token."""
     edit(sdxl_copy / "unet/config.json", decay=0.9999, inv_gamma=1.0, optimization_step=5, use_ema_warmup=False)
@@ -188,6 +193,7 @@ def test_folders_that_others_left_behind(sdxl_copy, sdxl):
         assert torch.equal(ours, wanted)
 
 
+@pytest.mark.slow
 def test_texts_are_as_long_as_the_model_says(sd15_copy):
     edit(sd15_copy / "tokenizer/tokenizer_config.json", model_max_length=120)
     assert "120 tokens long, the text encoder takes 77; correct model_max_length" in refusal(load, sd15_copy)
@@ -228,6 +234,7 @@ def test_a_flow_says_in_its_scheduler_config_what_it_is_and_how_it_is_asked(
     assert torch.equal(spy.asked, tau - shift)
 
 
+@pytest.mark.slow
 def test_a_saved_flow_is_a_copy_that_needs_no_base_any_more(sd15_copy, sd15, tmp_path):
     edit(sd15_copy / "model_index.json", scheduler=["diffusers", "PNDMScheduler"], safety_checker=["x", "Checker"])
     base = load(sd15_copy)
@@ -264,12 +271,14 @@ def test_save_and_load_again_is_identical(pair, saved):
     assert {file.stat().st_mode & 0o777 for file in saved.rglob("*.*") if file.is_file()} == {0o644}
 
 
+@pytest.mark.slow
 def test_the_reference_library_opens_what_we_save(pair, saved):
     opened, pipeline = DiffusionPipeline.from_pretrained(saved), pair[1]
     for name in pair[0].networks:
         assert same(getattr(opened, name).state_dict(), getattr(pipeline, name).state_dict())
 
 
+@pytest.mark.slow
 def test_a_model_can_be_saved_over_the_files_it_still_reads(sd15_copy, sd15, monkeypatch):
     # loaded without conversion, the weights are views of the mapped files
     monkeypatch.chdir(sd15_copy)
@@ -310,6 +319,7 @@ def test_save_is_all_or_nothing(sd15_copy, pair, error, monkeypatch):
     assert sorted(sd15_copy.rglob("*")) == before and list(sd15_copy.parent.iterdir()) == [sd15_copy]
 
 
+@pytest.mark.slow
 def test_a_fingerprint_tells_a_model_from_one_changed_in_anything(sd15):
     sd = load(sd15)
     prints = [sd.fingerprint()]
@@ -331,9 +341,10 @@ def test_a_missing_part_is_named(sd15_copy, part):
     path = sd15_copy / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     message = refusal(load, sd15_copy)
-    assert str(sd15_copy / part.partition("/")[0]) in message
+    assert f"{sd15_copy} holds no tokenizer" in message or str(sd15_copy / part.partition("/")[0]) in message
 
 
+@pytest.mark.slow
 def test_parts_that_do_not_fit_are_refused(sd15_copy, sdxl, tokenizer, tmp_path):
     folder = shutil.copytree(tokenizer, tmp_path / "tokenizer")
     write(folder / "vocab.json", read(folder / "vocab.json") | {"dog</w>": 523})

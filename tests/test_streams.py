@@ -35,9 +35,9 @@ def stage(windows):
 
 
 CALLS = (
-    (lambda n: scenes.scene_and_caption(SEED, n), ["scene", "caption"]),
-    (lambda n: scenes.scene_and_caption(SEED + 1, n), ["scene of another seed", "caption of another seed"]),
-    (lambda n: scenes.detailed_caption(SEED, n, 0.4), ["scene again", "detailed caption"]),
+    (lambda n: scenes.caption(SEED, n), ["scene", "caption"]),
+    (lambda n: scenes.caption(SEED + 1, n), ["scene of another seed", "caption of another seed"]),
+    (lambda n: scenes.caption(SEED, n, 0.4), ["scene again", "detailed caption"]),
     (lambda n: scenes.prompt(SEED, n), ["prompt"]),
     (lambda n: scenes.prompt(SEED, n, 2), ["prompt of two items"]),
     (lambda n: streams.draw_noise(SEED, [n], (1,)), ["sampling noise"]),

@@ -13,7 +13,8 @@ from model import NETWORKS, StableDiffusion
 from support import layouts
 from support.errors import InputError
 from support.files import read_json, replaced, write_text
-from support.weights import build, find_tensors, read_config
+from support.folders import find_tensors
+from support.weights import build, read_config
 from unet import UNet, UNetConfig
 
 load = StableDiffusion.load
@@ -84,6 +85,7 @@ def test_of_several_variants_one_is_taken(tmp_path, names, dtype, variant, taken
         assert found == {"a": tmp_path / f"{STEM}{taken}.safetensors"}
 
 
+@pytest.mark.slow
 def test_a_folder_with_only_a_variant_loads_in_any_dtype(sd15_copy):
     for name, stem in ("unet", UNET_FILE), ("vae", UNET_FILE), ("text_encoder", TEXT_FILE):
         file = sd15_copy / name / stem
@@ -95,6 +97,7 @@ def test_a_folder_with_only_a_variant_loads_in_any_dtype(sd15_copy):
     assert "has no weights of variant 'v1'" in refusal(load, sd15_copy, variant="v1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_what_the_reference_libraries_shard_loads_too(sd15_pipeline, sd15, tmp_path, variant):
     sd15_pipeline.save_pretrained(tmp_path / "saved", variant=variant, max_shard_size="100KB")
@@ -137,7 +140,7 @@ def test_what_the_reference_libraries_shard_loads_too(sd15_pipeline, sd15, tmp_p
     ],
 )
 def test_settings_that_need_other_code_are_refused_by_name(part, settings, complaint):
-    network_class, config_class, _ = NETWORKS[part]
+    network_class, config_class = NETWORKS[part]
 
     def make(content):
         build(network_class, read_config(config_class, content, "here"), "here")
@@ -152,6 +155,7 @@ def test_settings_that_need_other_code_are_refused_by_name(part, settings, compl
 # ---- what does not fit ----
 
 
+@pytest.mark.slow
 def test_tensors_that_do_not_fit_are_named(sd15_copy):
     unet, vae = sd15_copy / "unet" / UNET_FILE, sd15_copy / "vae" / UNET_FILE
     edit(sd15_copy / "text_encoder/config.json", intermediate_size=64)

@@ -21,7 +21,8 @@ from support import layouts
 from support.checks import check_scheduler
 from support.errors import InputError, one_line_errors
 from support.files import write_tensors
-from support.weights import assign, build, tensor_names
+from support.folders import tensor_names
+from support.weights import assign, build
 from unet import UNet
 
 
