@@ -5,16 +5,13 @@ import importlib
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import exit_code
 
-import sample
 import train
-from evaluation import clip_fid, clip_score
 from model import FLOW, WEIGHTS
 from paper import figures
 
@@ -46,39 +43,29 @@ def program_of(line: str) -> tuple[str, list[str]] | None:
     return None
 
 
-def run(name: str) -> None:
+def run(name: str, *arguments: object) -> int:
+    """The exit code of a program."""
     module = importlib.import_module(name)
-    module.main(*([train.arguments(), train.run] if module is train else []))
-
-
-class Understood(Exception):
-    pass
+    if module is train:
+        module = SimpleNamespace(__file__=train.__file__, main=lambda: train.main(train.arguments(), train.run))
+    return exit_code(module, *arguments)
 
 
 def test_every_command_is_one_that_its_program_understands(monkeypatch):
     parse = argparse.ArgumentParser.parse_args
-
-    def understood(self, *arguments, **options):
-        parse(self, *arguments, **options)
-        raise Understood
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", understood)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self: parse(self) and self.exit(77))
     wrong, count = [], 0
-    for page, line in ((page, line) for page in PAGES + MODULES for line in commands(page)):
+    lines = [(page.name, line) for page in PAGES + MODULES for line in commands(page)]
+    for where, line in lines:
         name, arguments = program_of(line) or ("", [])
         file = ROOT / f"{name.replace('.', '/')}.py"
         source = file.read_text(encoding="utf-8") if file.is_file() else ""
         if name and "__main__" not in source:
-            wrong.append(f"{page.name}: {line}: no such program")
+            wrong.append(f"{where}: {line}: no such program")
         elif "parse_args" in source or "train.main" in source:
-            monkeypatch.setattr(sys, "argv", [name, *arguments])
             count += 1
-            try:
-                run(name)
-            except Understood:
-                continue
-            except SystemExit:
-                wrong.append(f"{page.name}: {line}")
+            if run(name, *arguments) != 77:
+                wrong.append(f"{where}: {line}")
     assert wrong == []
     assert count > 80
 
@@ -116,31 +103,28 @@ def test_numbers_are_those_of_their_files():
 
 
 @pytest.mark.slow
-def test_the_memory_table_is_what_the_program_prints():
+def test_the_memory_table_is_what_the_program_prints(capsys):
     page = (ROOT / "docs/real-models.md").read_text(encoding="utf-8")
-    printed = subprocess.run(
-        [sys.executable, "-m", "tools.memory"], cwd=ROOT, capture_output=True, text=True, check=True
+    assert run("tools.memory") == 0
+    assert (
+        page.partition("tools.memory -->\n```\n")[2].partition("```\n<!-- end of memory")[0] == capsys.readouterr().out
     )
-    assert page.partition("tools.memory -->\n```\n")[2].startswith(printed.stdout + "```\n<!-- end of memory -->")
 
 
 @pytest.mark.slow
 def test_the_commands_that_need_nothing_but_this_repository_run(tmp_path, monkeypatch, capsys):
     """All four stages of the README with one update each, images of the last one, and their scores."""
     monkeypatch.chdir(ROOT)
-    lines = [program_of(line) for line in commands(PAGES[0])]
-    stages = [
-        words for name, words in filter(None, lines) if name == "train" and words[0] == "--stage" and len(words) == 2
-    ]
-    assert [words[1] for words in stages] == ["1", "2", "3", "4"]
+    lines = list(filter(None, map(program_of, commands(PAGES[0]))))
+    stages = [words for name, words in lines if name == "train" and words[:1] == ["--stage"] and len(words) == 2]
+    assert [stage for _, stage in stages] == ["1", "2", "3", "4"]
     for words in stages:
-        short = ["--iters", 1, "--batch-size", 2, "--sample-every", 0, "--out", tmp_path]
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*words, *short])])
-        run("train")
-    prompts = next(words for name, words in filter(None, lines) if name == "sample")
+        short = ["--iters", "1", "--batch-size", "2", "--sample-every", "0", "--out", str(tmp_path)]
+        assert run("train", *words, *short) == 0
+    prompts = next(words for name, words in lines if name == "sample")
     for name, model in ("ours", FLOW), ("new", tmp_path / "stage-4"):
-        assert exit_code(sample, *prompts, "--model", model, "--out", tmp_path / name) == 0
+        assert run("sample", *prompts, "--model", model, "--out", tmp_path / name) == 0
     clip = ["--clip", WEIGHTS / "miniature-clip"]
-    assert exit_code(clip_score, tmp_path / "new", *clip) == 0
+    assert run("evaluation.clip_score", tmp_path / "new", *clip) == 0
     assert "2 images" in capsys.readouterr().out
-    assert exit_code(clip_fid, tmp_path / "ours", tmp_path / "new", *clip) == 0
+    assert run("evaluation.clip_fid", tmp_path / "ours", tmp_path / "new", *clip) == 0
