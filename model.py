@@ -8,7 +8,6 @@ Shapes: B batch, L = 77 tokens, D width of the text, H W image height and width,
 Read `clip_text.py`, `unet.py` and `vae.py` before this file, `reflow.py` after it.
 """
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from support import layouts
 from support.bands import decode_in_bands
 from support.checks import check_fit, check_scheduler, is_perflow
 from support.errors import InputError
-from support.files import fingerprint, replaced, write_json, write_tensors
+from support.files import replaced, write_json, write_tensors
 from support.folders import STEMS, kept_dtype, read_folder
 from support.official import flow_scheduler as flow_scheduler
 from support.weights import assign, build, read_config
@@ -269,20 +268,15 @@ class StableDiffusion:
         sampler = {} if sampler == "PeRFlowScheduler" else {"scheduler": ["diffusers", sampler]}
         return index | dict.fromkeys(others, [None, None]) | sampler
 
-    def fingerprint(self) -> str:
-        """Tells this model from every other: by all its weights, settings and tokenizers."""
-        weights = [w for network in self.networks.values() for w in network.state_dict().values()]
-        rest = json.dumps(self.configs, sort_keys=True).encode()
-        rest += b"".join(content for tokenizer in self.tokenizers for content in tokenizer.files.values())
-        return fingerprint(*weights, torch.frombuffer(bytearray(rest), dtype=torch.uint8))
 
-
-def save_flow(unet: UNet, scheduler: dict, base: StableDiffusion, out: Path, dtype: torch.dtype) -> None:
+def save_flow(unet: UNet, scheduler: dict, base: StableDiffusion | Path, out: Path, dtype: torch.dtype) -> None:
     """Write a flow as a complete model folder: this UNet and scheduler, and all other parts of `base`.
 
-    They are copies, so that nothing done to the base's files changes the flow later. On disk, a flow takes 2.5 GB for
-    SD1.5 and 8.8 GB for SDXL, of which the copied parts in float32 are 0.8 GB and 3.6 GB.
+    A loaded base is written from memory: its folder may be gone by now. The parts are copies, so nothing done to the
+    base's files changes the flow later. On disk, a flow takes 2.5 GB for SD1.5 and 8.7 GB for SDXL, of which the
+    copied parts in float32 are 0.8 GB and 3.6 GB.
     """
+    base = base if isinstance(base, StableDiffusion) else StableDiffusion.load(base, dtype=None)
     half = build(UNet, unet.cfg)
     half.load_state_dict({name: weight.detach().to(dtype) for name, weight in unet.state_dict().items()}, assign=True)
     networks, configs = base.networks | {"unet": half}, base.configs | {"scheduler": scheduler}

@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
     make_folder(args.out)
     device = choose_device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "float16"))
-    sd = StableDiffusion.load(args.model, device, dtype, args.tokenizer)
+    sd = StableDiffusion.load(args.model, device, dtype, args.tokenizer, args.variant)
     size, sampler = sd.image_size(args.size), check_sampler(sd, args.sampler, args.steps)
     guidance = sd.guidance if args.guidance is None else args.guidance
     if args.compile:
@@ -179,6 +179,7 @@ def main() -> None:
     source.add_argument("--prompts", type=Path, help="a file with a prompt per line, or a COCO captions JSON")
     parser.add_argument("--model", type=Path, default=FLOW, help="model folder, or single .safetensors file")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer(s), for a single file")
+    parser.add_argument("--variant", help="which of a folder's weight files, such as fp16")
     parser.add_argument(
         "--steps", type=positive_int, default=4, help="network evaluations per image (two each with guidance)"
     )

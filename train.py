@@ -52,12 +52,14 @@ PROMPTS = Path(__file__).parent / "docs/demo_prompts.txt"  # of the sample sheet
 # At a boundary it has two conflicting targets, the jump through this window and that through the window before; it is
 # smooth in time and learns the mean of both. With most times at the starts it tells them apart.
 # cooldown: the share of updates, at the end, in which the learning rate falls to zero.
-PUBLISHED = {"iters": 10_000, "warmup": 500, "ema": 0.9999, "starts": 0.0, "cooldown": 0.0}
+# Batches fit one GPU of 24 GB (SD1.5, 512 pixels) and 80 GB (SDXL, 1024): python -m tools.memory
+PUBLISHED = {"iters": 10_000, "warmup": 500, "ema": 0.9999, "starts": 0.0, "cooldown": 0.0, "recompute": True}
 DEFAULTS = {
-    768: PUBLISHED | {"batch_size": 32, "lr": 8e-5},
-    2048: PUBLISHED | {"batch_size": 16, "lr": 1e-4},
+    768: PUBLISHED | {"batch_size": 8, "accumulate": 4, "lr": 8e-5},
+    2048: PUBLISHED | {"batch_size": 8, "accumulate": 2, "lr": 1e-4},
     "smaller": {
-        "iters": 600, "warmup": 100, "ema": 0.999, "starts": 0.75, "cooldown": 0.5, "batch_size": 64, "lr": 3e-4,
+        "iters": 600, "warmup": 100, "ema": 0.999, "starts": 0.75, "cooldown": 0.5, "batch_size": 64,
+        "accumulate": 1, "recompute": False, "lr": 3e-4,
     },
 }  # fmt: skip
 
@@ -109,12 +111,15 @@ def compute_loss(
 
 
 def solver_steps(sd: StableDiffusion, windows: int, steps: int | None = None) -> int:
-    """Teacher steps in each window of the student: a diffusion model's share of 32, one for each window of a flow."""
-    whole = sd.windows or TEACHER_STEPS
-    if sd.windows == windows or whole % windows:
-        kind = f"a flow of {whole} windows" if sd.windows else f"{whole} teacher steps"
-        raise InputError(f"{kind} cannot be merged into {windows} windows; take a smaller divisor of {whole}")
-    share = whole // windows
+    """Teacher steps in each window of the student: of a diffusion model, so many that all are about 32; of a flow, one
+    for each of its windows."""
+    if sd.windows is None:
+        share = max(round(TEACHER_STEPS / windows), 1)
+    elif windows < sd.windows and sd.windows % windows == 0:
+        share = sd.windows // windows
+    else:
+        fitting = ", ".join(str(n) for n in range(1, sd.windows) if sd.windows % n == 0) or "no other number"
+        raise InputError(f"the teacher, a flow of {sd.windows} windows, merges into {fitting} of them, not {windows}")
     if steps and (steps * windows > reflow.NOISE or sd.windows and steps % share):
         raise InputError(f"--solver-steps {steps} must be a multiple of {share}, at most {reflow.NOISE // windows}")
     return steps or share
@@ -169,8 +174,9 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[Stabl
     """The teacher with all its parts, frozen, in the low precision of the device; and the student's UNet, in fp32."""
     low = torch.float32 if device.type == "cpu" else torch.bfloat16
     teacher = StableDiffusion.load(args.teacher, device, low)
-    # Weights are views of the mapped file until they are used: of these two, just one part each takes memory.
-    exact, student = (StableDiffusion.load(path, "cpu", None) for path in (args.teacher, args.student))
+    # Weights are views of the mapped file until they are used: of these, just one part each takes memory.
+    exact = StableDiffusion.load(args.teacher, "cpu", None)
+    student = exact if args.student == args.teacher else StableDiffusion.load(args.student, "cpu", None)
     kinds = [(sd.unet.cfg, sd.prediction_type, is_perflow(sd.configs["scheduler"])) for sd in (exact, student)]
     if kinds[0] != kinds[1]:
         raise InputError(f"the student {args.student} is not built as the teacher {args.teacher}; choose another")
@@ -233,6 +239,7 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
     teacher, parts, samples, settings, start = runs.together(process, lambda: begin(args, process))
     runs.together(process, lambda: runs.same_as_first(process, settings | {"checkpoint": start}, args))
     student, ema, optimizer = parts.values()
+    base = StableDiffusion.load(args.teacher, "cpu", None)  # mapped, not read: its folder may be gone at the end
     save = functools.partial(runs.save_checkpoint, process, args.run, parts, settings)
     if args.recompute:
         checkpoint_activations(student)
@@ -285,7 +292,7 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
     if process.rank == 0:
         scheduler = flow_scheduler(teacher, args.windows, args.teacher_guidance)
         with runs.recorded(args):
-            save_flow(ema, scheduler, StableDiffusion.load(args.teacher, "cpu", None), args.result, torch.float16)
+            save_flow(ema, scheduler, base, args.result, torch.float16)
     process.end()
 
 
@@ -304,12 +311,14 @@ def arguments() -> Parser:
     paper.add_argument("--lr", type=positive, help="learning rate, after the warm-up")
     paper.add_argument("--seed", type=seed, default=0, help="of data order, noise and times")
     machine = parser.add_argument_group("the machine's")
-    machine.add_argument("--accumulate", type=positive_int, default=1, help="forward passes per update")
+    machine.add_argument("--accumulate", type=positive_int, help="forward passes per update; default: by model")
     machine.add_argument("--workers", type=count, default=0, help="processes that read data")
     machine.add_argument("--save-every", type=positive_int, default=500, help="updates between checkpoints")
     machine.add_argument("--sample-every", type=count, default=1000, help="updates between sample sheets; 0: none")
     machine.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
-    machine.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, more time")
+    machine.add_argument(
+        "--recompute", action=argparse.BooleanOptionalAction, help="gradient checkpointing: less memory, more time"
+    )
     machine.add_argument("--compile", action="store_true", help="torch.compile both networks: slow start, then faster")
     machine.add_argument("--device", help="cpu, cuda, ...; default: this process's GPU if there is one")
     ours = parser.add_argument_group("not the paper's (more: python -m paper.variants)")

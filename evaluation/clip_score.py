@@ -30,10 +30,10 @@ from support.captions import read_coco, read_prompts
 from support.clip_folder import ClipImageConfig, read_image_config, read_towers
 from support.devices import choose_device, rank_and_world
 from support.errors import InputError, Parser, count, one_line_errors, positive_int
+from support.folders import find_tensors
 from support.images import find_images, read_image, settings_of_png, to_rgb
 from support.layouts import as_stored
 from support.scoring import add_up, check_left_out, read_ahead, settings_of_run
-from support.folders import find_tensors
 from support.weights import assign, build, read_config
 
 

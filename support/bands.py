@@ -1,9 +1,9 @@
 """Decoding an image in less memory, a band of rows at a time: the same image, without seams.
 
 At 1024 pixels one feature map of the VAE decoder's last level takes up to 1 GiB in fp32, and a residual block holds
-several. But a convolution looks only one row up and down, so most of them need to exist for a band of rows only: 2.1 GiB
-at the peak instead of 3.0, measured on a CPU. Decoding tiles of the image one by one would leave seams, since each tile
-would be normalized by its own mean and variance. Here these are taken from the whole image first.
+several. But a convolution looks only one row up and down, so most of them need to exist for a band of rows only: 2.1
+GiB at the peak instead of 3.0, measured on a CPU. Decoding tiles of the image one by one would leave seams, since each
+tile would be normalized by its own mean and variance. Here these are taken from the whole image first.
 
 Shapes: B batch, C channels, H W height and width of a feature map, h w those of the latents.
 """

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from support.errors import InputError
 from support.files import read_json, write_tensors
-from support.images import is_hidden
 from support.folders import tensor_names
+from support.images import is_hidden
 
 
 class Latents(Dataset):

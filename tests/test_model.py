@@ -319,18 +319,6 @@ def test_save_is_all_or_nothing(sd15_copy, pair, error, monkeypatch):
     assert sorted(sd15_copy.rglob("*")) == before and list(sd15_copy.parent.iterdir()) == [sd15_copy]
 
 
-@pytest.mark.slow
-def test_a_fingerprint_tells_a_model_from_one_changed_in_anything(sd15):
-    sd = load(sd15)
-    prints = [sd.fingerprint()]
-    sd.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight[0, 0] += 1
-    prints.append(sd.fingerprint())
-    sd.configs["vae"]["scaling_factor"] = 0.5
-    prints.append(sd.fingerprint())
-    sd.tokenizers[0].files["merges.txt"] = b"other"
-    assert len({*prints, sd.fingerprint()}) == 4
-
-
 # ---- what is refused ----
 
 
