@@ -1,7 +1,7 @@
 """The paper's figures in miniature, and its scores (tables 1, 2 and 4).
 
     python -m paper.figures score MODEL ...            prompt accuracy, Frechet distance, CLIP score: rows of --json
-    python -m paper.figures table                      the rows of the test split, into paper/README.md
+    python -m paper.figures table                      the rows of the test split, into paper/README.md and README.md
     python -m paper.figures velocities MODEL ...       figure 1a: how alike velocities of different times are
     python -m paper.figures noise MODEL                figure 1b: noise on the direction against noise on the magnitude
     python -m paper.figures guidance                   figure 3: the rows of --json over guidance
@@ -53,6 +53,12 @@ NAMES = {  # the models in weights/ and, with the commands for them in paper/REA
 PAPER = {("miniature", "ddim", 32): "10.05", ("miniature", "dpm++", 4): "22.36", ("proreflow-i", "flow", 4): "11.16"}
 PAPER |= {("stage-3", "flow", 4): "10.70", ("stage-3", "flow", 2): "15.44"}
 MARKS = "<!-- scores: python -m paper.figures table -->\n", "<!-- end of scores -->"
+SUMMARY_MARKS = "<!-- summary: python -m paper.figures table -->\n", "<!-- end of summary -->"
+SUMMARY = [  # rows of the project's README: model, sampler, steps, guidance scale
+    ("miniature", "ddim", 32, 2), ("miniature", "ddim", 4, 2), ("miniature", "dpm++", 4, 2),
+    ("proreflow-i", "flow", 4, 2), ("stage-3", "flow", 4, 2), ("stage-3", "flow", 2, 2),
+    ("proreflow-i-guided", "flow", 4, 1),
+]  # fmt: skip
 
 
 @functools.cache
@@ -143,6 +149,25 @@ def table(args: argparse.Namespace) -> str:
             cells = [NAMES[row["model"]], row["sampler"], row["steps"], f"{row['guidance']:g}", row["evaluations"]]
             cells += [f"{row[name]:.2f}" if name in row else "" for name in ("frechet", "clip")]
             lines.append([*cells, f"{row['one item']:.1%}", f"{row['two items']:.1%}", paper or ""])
+    return markdown(lines)
+
+
+def summary(args: argparse.Namespace) -> str:
+    """The rows of SUMMARY on the test split with --count prompts; of several, the one that was measured last."""
+    head = ["model", "steps", "NFE", "Frechet distance", "prompt accuracy, one item", "two items", "paper's FID"]
+    lines = [head, ["---"] * len(head)]
+    for model, sampler, steps, scale in SUMMARY:
+        key = {"model": model, "sampler": sampler, "steps": steps, "guidance": scale, "split": "test"}
+        key |= {"prompts": args.count}
+        for row in [row for row in read_rows(args.json) if key.items() <= row.items() and "frechet" in row][-1:]:
+            name = NAMES[model] if sampler == "flow" else f"{NAMES[model]}, {sample.SAMPLERS[sampler]}"
+            cells = [name, steps, row["evaluations"], f"{row['frechet']:.2f}"]
+            paper = PAPER.get((model, sampler, steps), "")
+            lines.append([*cells, f"{row['one item']:.1%}", f"{row['two items']:.1%}", paper])
+    return markdown(lines)
+
+
+def markdown(lines: list[list]) -> str:
     return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
 
 
@@ -304,6 +329,7 @@ def main() -> None:
         args.device = torch.device(choose_device(args.device))
         args.out.mkdir(parents=True, exist_ok=True)
         if args.what == "table":
+            write_between(HERE.parent / "README.md", SUMMARY_MARKS, summary(args))
             return write_between(HERE / "README.md", MARKS, table(args))
         if not args.models and args.what != "guidance":
             raise InputError(f"{args.what} needs a MODEL, such as weights/miniature")
