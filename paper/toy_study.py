@@ -9,7 +9,6 @@ same noise, for each of ten seeds. Read `toy.py` first. Figures need matplotlib.
 """
 
 import argparse
-import copy
 import functools
 import json
 from pathlib import Path
@@ -24,34 +23,41 @@ SEEDS = 10
 FOLDER = Path(__file__).parent
 EVEN, STARTS = (0, 0), (0.5, 0.25)  # (at_start, gap): the paper's times, and those of toy.py
 TIMES = [EVEN, (0, 0.25), (0, 0.5), (0.5, 0), STARTS, (0.75, 0.25)]
-FREQUENCIES = {"sinusoids": toy.FREQUENCIES, "smooth": torch.arange(1, 5) * torch.pi / 1000}
+
+
+class Smooth(toy.Net):
+    """Sees the time as slow sinusoids only: neighbouring times look alike."""
+
+    frequencies = torch.arange(1, 5) * torch.pi / reflow.NOISE
+
+
+NETS = {"sinusoids": toy.Net, "smooth": Smooth}
 
 
 class SideBySide(nn.Module):
-    """Networks of all seeds as one: each answers for its own equal share of the batch."""
+    """The networks of all seeds as one: each answers for its own equal share of the batch."""
 
     def __init__(self, nets: list[nn.Module]):
         super().__init__()
-        self.shape = [copy.deepcopy(nets[0]).to("meta")]  # in a list, so that its parameters are not ours
-        self.names = [name for name, _ in nets[0].named_parameters()]
-        parameters, self.constants = torch.func.stack_module_state(nets)
-        self.parameters_of_all = nn.ParameterList([parameters[name].detach() for name in self.names])
+        stacked, _ = torch.func.stack_module_state(nets)
+        self.names, parameters = zip(*stacked.items())
+        self.stacked = nn.ParameterList(parameter.detach() for parameter in parameters)
+        self.one = [nets[0]]  # in a list, so that its parameters are not ours
 
     def forward(self, z: Tensor, tau: Tensor) -> Tensor:
-        def one(parameters: list[Tensor], constants: dict, z: Tensor, tau: Tensor) -> Tensor:
-            return torch.func.functional_call(self.shape[0], dict(zip(self.names, parameters)) | constants, (z, tau))
+        def answer(parameters: list[Tensor], z: Tensor, tau: Tensor) -> Tensor:
+            return torch.func.functional_call(self.one[0], dict(zip(self.names, parameters)), (z, tau))
 
-        each = len(self.parameters_of_all[0])
-        shares = z.view(each, -1, 2), tau.view(each, -1)
-        return torch.func.vmap(one)(list(self.parameters_of_all), self.constants, *shares).flatten(0, 1)
+        seeds = len(self.stacked[0])
+        return torch.func.vmap(answer)(list(self.stacked), z.view(seeds, -1, 2), tau.view(seeds, -1)).flatten(0, 1)
 
 
 @functools.cache
 def teacher_of(features: str, updates: int) -> toy.Flow:
     torch.manual_seed(0)
-    nets = SideBySide([toy.Net(frequencies=FREQUENCIES[features]) for _ in range(SEEDS)])
+    nets = SideBySide([NETS[features]() for _ in range(SEEDS)])
     loss_of = functools.partial(toy.diffusion_loss, n=256 * SEEDS)
-    return toy.fit(f"teacher, {features}", nets, loss_of, updates, lr=2e-3), 32
+    return toy.fit(f"teacher, {features}", nets, loss_of, updates), 32
 
 
 def train(run: dict, teacher: toy.Flow) -> toy.Flow:
@@ -64,7 +70,7 @@ def train(run: dict, teacher: toy.Flow) -> toy.Flow:
     flow = teacher
     for windows in path:
         loss_of = functools.partial(toy.reflow_loss, windows=windows, teacher=flow, **settings)
-        flow = toy.fit(f"{path}, {windows}", flow[0], loss_of, updates, lr=2e-3), windows
+        flow = toy.fit(f"{path}, {windows}", flow[0], loss_of, updates), windows
     return flow
 
 
@@ -97,12 +103,13 @@ def perturbed(velocity: reflow.Network, kind: str, size: float) -> reflow.Networ
 def runs() -> list[dict]:
     """The settings of all training runs."""
     paths = [(4,), (8, 4), (2,), (8, 4, 2), (1,), (8, 4, 2, 1)]
-    table = [(path, cost, 0, times) for times in (EVEN, STARTS) for path in paths for cost in (1500, 5000, 15000)]
+    table = [(path, cost, 0, times) for times in (EVEN, STARTS) for path in paths for cost in (1500, 5000)]
+    table += [(path, 15000, 0, times) for times in (EVEN, STARTS) for path in paths[:2]]
     table += [(p, 5000, alpha, times) for times in (EVEN, STARTS) for p in paths[:2] for alpha in (0.01, 0.1, 1)]
-    table += [((4,), 11 * updates, 0, times) for updates in (500, 2000) for times in TIMES]
-    table += [((4,), 11 * 4000, 0, times) for times in (EVEN, STARTS)]
+    table += [((4,), cost, 0, times) for cost in (5000, 15000) for times in TIMES if times not in (EVEN, STARTS)]
     table = [row + ("sinusoids",) for row in table]
-    table += [((4,), 11 * 2000, 0, times, "smooth") for times in (EVEN, (0, 0.5), STARTS)]
+    table += [((4,), 15000, 0, times, "smooth") for times in (EVEN, (0, 0.5), STARTS)]
+    table += [((4,), 45000, 0, times, "sinusoids") for times in (EVEN, STARTS)]
     return [dict(zip(("path", "cost", "alpha", "times", "features"), map(listed, row))) for row in table]
 
 
@@ -112,7 +119,7 @@ def listed(value):
 
 def study(file: Path, runs: list[dict], teacher_updates: int = 3000, n: int = 1000) -> None:
     """Add the rows that the file lacks, one by one: it can be stopped at any time, and started again."""
-    untrained = [{"path": [windows], "cost": 0, "features": name} for name in FREQUENCIES for windows in (8, 4, 2, 1)]
+    untrained = [{"path": [windows], "cost": 0, "features": name} for name in NETS for windows in (8, 4, 2, 1)]
     noise = [{"noise": kind, "size": size} for kind in ("direction", "magnitude") for size in (0.1, 0.2, 0.4, 0.8)]
     for run in untrained + noise + runs:
         rows = read(file)
@@ -122,7 +129,7 @@ def study(file: Path, runs: list[dict], teacher_updates: int = 3000, n: int = 10
         goal = ends(teacher, 32, n)
         if "noise" in run:
             torch.manual_seed(3)
-            velocity = perturbed(reflow.as_velocity(teacher[0], toy.ALPHAS, 32), run["noise"], run["size"])
+            velocity = perturbed(reflow.as_velocity(teacher[0], toy.ALPHAS_CUMPROD, 32), run["noise"], run["size"])
             with torch.no_grad():
                 points = reflow.euler(velocity, start_noise(n), reflow.sampling_grid(32, 32))
             rows.append(run | {"steps": 32, "distance": distances(points, goal)})
