@@ -142,7 +142,7 @@ def draw(panels: list[tuple], color: Tensor, tau: float, size: int = 500) -> Ima
     return image.reduce(2)
 
 
-def main(folder: Path = Path(__file__).parent / "figures", share: float = 1) -> None:
+def main(out: Path = Path(__file__).parent / "figures", share: float = 1) -> None:
     torch.manual_seed(0)
     flows, noise, panels = train_all(share), torch.randn(1000, 2), []
     ends = trajectory(*flows["teacher"], 32, noise)[1][-1]
@@ -152,9 +152,10 @@ def main(folder: Path = Path(__file__).parent / "figures", share: float = 1) -> 
         panels.append((title, grid, points[:, :48], trajectory(*flows[name], 32, noise[:48])[1]))
     color = torch.cdist(ends, CENTERS).argmin(dim=1)
     images = [draw(panels, color, tau) for tau in torch.linspace(reflow.NOISE, 0, 25).tolist()]
-    images[-1].save(folder / "toy.png")
-    others = images[1:] + images[-1:] * 20  # the last one stays for a while
-    images[0].save(folder / "toy.webp", save_all=True, append_images=others, duration=120, quality=40)
+    images[-1].save(out / "toy.png")
+    images[0].save(
+        out / "toy.webp", save_all=True, append_images=images[1:] + images[-1:] * 20, duration=120, quality=40
+    )
 
 
 if __name__ == "__main__":
