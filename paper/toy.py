@@ -74,7 +74,7 @@ def diffusion_loss(net: nn.Module, n: int = 256) -> Tensor:
 
 
 def reflow_loss(net: nn.Module, windows: int, teacher: Flow, alpha: float, at_start=0.5, gap=0.25, n=128) -> Tensor:
-    """A share of the times lies at the start of a window, and none in its last part, the gap. The paper: 0 and 0."""
+    """at_start: share of the times at the start of a window. gap: its last part, without times. The paper: 0 and 0."""
     start, end = reflow.window_of(torch.randint(1, reflow.NOISE + 1, (n,)), windows)
     r = torch.rand(n) * (1 - gap) * (torch.rand(n) >= at_start)
     tau = start - (r * (start - end)).long()
@@ -153,9 +153,7 @@ def main(out: Path = Path(__file__).parent / "figures", share: float = 1) -> Non
     color = torch.cdist(ends, CENTERS).argmin(dim=1)
     images = [draw(panels, color, tau) for tau in torch.linspace(reflow.NOISE, 0, 25).tolist()]
     images[-1].save(out / "toy.png")
-    images[0].save(
-        out / "toy.webp", save_all=True, append_images=images[1:] + images[-1:] * 20, duration=120, quality=40
-    )
+    images[0].save(out / "toy.webp", save_all=True, append_images=images + images[-1:] * 20, duration=120, quality=40)
 
 
 if __name__ == "__main__":
