@@ -20,51 +20,46 @@ def figure(rows: list[dict], out: Path) -> None:
     """A panel for each question: means over seeds, with their standard errors."""
     import matplotlib.pyplot as plt
 
-    def plot(panel: int, xs: list, wanted: list[dict], label: str, style: str) -> None:
-        found = [(x, row["distance"]) for x, w in zip(xs, wanted) for row in rows if w.items() <= row.items()]
-        xs, values = zip(*found) if found else ((), ())
-        errors = [stdev(map(float, v)) / len(v) ** 0.5 for v in values]
-        axes[panel].errorbar(xs, [*map(mean, values)], errors, fmt=style, label=label, capsize=2, markersize=4)
-
     fig, axes = plt.subplots(1, 5, figsize=(18, 4.4), sharey=True, width_ratios=[1, 1, 1, 1, 1.2])
-    titles = "In stages or at once:\ntimes even, as in the paper", "In stages or at once:\ntimes mostly at starts"
-    titles += "Weight of the direction\n(4 windows, cost 5,000)", "Noise on the velocities\nof the teacher"
-    titles += ("Times in a window\n(4 windows at once, in 4 steps)",)
-    names = [f"{share:.0%} at starts,\nthe last {gap:.0%} left out" for share, gap in TIMES]
-    ticks = [COSTS, COSTS, range(len(ALPHAS)), SIZES, range(len(TIMES))]
-    for axis, title, where, what in zip(axes, titles, ticks, [COSTS, COSTS, ALPHAS, SIZES, names]):
-        axis.set(title=title, yscale="log", xscale="log" if where in (COSTS, SIZES) else "linear")
-        axis.set_xticks(where, what, **({"fontsize": 7, "rotation": 40, "ha": "right"} if what is names else {}))
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    labels = ["NFE of training, per sample"] * 2 + ["alpha", "noise / |v|", ""]
-    for axis, label in zip(axes, labels):
-        axis.set_xlabel(label)
+
+    def prepare(panel: int, title: str, ticks: list, label: str = "", names: list | None = None, **scale) -> None:
+        axes[panel].set(title=title, xlabel=label, yscale="log", **scale)
+        axes[panel].set_xticks(ticks, names or ticks)
+        axes[panel].minorticks_off()
+        axes[panel].grid(alpha=0.3)
+
+    def plot(panel: int, wanted: dict, name: str, xs: list, label: str, style: str) -> None:
+        """The distances of the rows that say what is wanted, over the setting of that name."""
+        found = [(i, row) for i, x in enumerate(xs) for row in rows if (wanted | {name: x}).items() <= row.items()]
+        where = [i if panel in (2, 4) else xs[i] for i, _ in found]  # settings side by side, or to scale
+        distances = [list(map(float, row["distance"])) for _, row in found]
+        errors = [stdev(values) / len(values) ** 0.5 for values in distances]
+        axes[panel].errorbar(where, [*map(mean, distances)], errors, fmt=style, label=label, capsize=2, markersize=4)
+
     base = {"features": "sinusoids", "alpha": 0, "steps": 4, "cost": 5000}
-    for panel, times in enumerate((EVEN, STARTS)):
-        for i, path in enumerate(PATHS):
-            wanted = [base | {"path": path, "steps": path[-1], "times": times, "cost": cost} for cost in COSTS]
-            how = f"{path[-1]} window{'s' * (path[-1] > 1)} {'in stages' if i % 2 else 'at once'}"
-            plot(panel, COSTS, wanted, how, f"C{i // 2}o{'-' if i % 2 else '--'}")
+    for panel, (times, how) in enumerate(((EVEN, "even, as in the paper"), (STARTS, "mostly at starts"))):
+        title = f"In stages or at once:\ntimes {how}"
+        prepare(panel, title, COSTS, "NFE of training, per sample", xscale="log")
+        for i, path in enumerate(PATHS):  # at once, in stages, at once, ...
+            label = f"{path[-1]} window{'s' * (path[-1] > 1)} {'in stages' if i % 2 else 'at once'}"
+            wanted = base | {"path": path, "steps": path[-1], "times": times}
+            plot(panel, wanted, "cost", COSTS, label, f"C{i // 2}o{'-' if i % 2 else '--'}")
         for i, path in enumerate(PATHS[:2]):
-            wanted = [base | {"path": path, "times": times, "alpha": alpha} for alpha in ALPHAS]
-            label = f"{'in stages' if i else 'at once'}, times {'at starts' if panel else 'even'}"
-            plot(2, ticks[2], wanted, label, f"C{3 * panel}o{'-' if i else '--'}")
+            label = f"{'in stages' if i else 'at once'}, times {how.split(',')[0]}"
+            style = f"C{3 * panel}o{'-' if i else '--'}"
+            plot(2, base | {"path": path, "times": times}, "alpha", ALPHAS, label, style)
+    prepare(2, "Weight of the direction\n(4 windows, 5,000 NFE)", range(len(ALPHAS)), "alpha", ALPHAS)
+    prepare(3, "Noise on the velocities\nof the teacher", SIZES, "noise / |v|", xscale="log")
     for kind in "direction", "magnitude":
-        plot(3, SIZES, [{"noise": kind, "size": size} for size in SIZES], f"on the {kind}", "o-")
-    for features, cost, style in (
-        ("sinusoids", 0, "k:"),
-        ("smooth", 5000, "C4x"),
-        ("sinusoids", 5000, "C0v"),
-        ("sinusoids", 15000, "C1o"),
-        ("sinusoids", 30000, "C2^"),
-    ):
-        wanted = [
-            {"path": [4], "cost": cost, "features": features, "steps": 4}
-            | ({"times": times, "alpha": 0} if cost else {})
-            for times in TIMES
-        ]
-        plot(4, ticks[4], wanted, f"{features}, cost {cost:,}" if cost else "untrained (DDIM)", style)
+        plot(3, {"noise": kind}, "size", SIZES, f"on the {kind}", "o-")
+    names = [f"{share:.0%} at starts,\nlast {gap:.0%} left out" for share, gap in TIMES]
+    prepare(4, "Times in a window\n(4 windows at once, in 4 steps)", range(len(TIMES)), names=names)
+    axes[4].tick_params(axis="x", labelsize=7, rotation=50)
+    for cost, style in (5000, "C0v"), (15000, "C1o"):
+        plot(4, base | {"path": [4], "cost": cost}, "times", TIMES, f"{cost:,} NFE", style)
+    plot(4, base | {"path": [4], "features": "smooth"}, "times", TIMES, "5,000 NFE, smooth in time", "C4x")
+    untrained = next(row for row in rows if row.get("path") == [4] and row["cost"] == 0)
+    axes[4].axhline(mean(untrained["distance"]), color="black", linestyle=":", label="untrained (DDIM)")
     for axis in axes:
         axis.legend(fontsize=7)
     axes[0].set_ylabel("squared distance from the teacher's end points")

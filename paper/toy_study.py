@@ -88,9 +88,9 @@ def all_runs() -> list[dict]:
     runs += [{"noise": kind, "size": size} for kind in ("direction", "magnitude") for size in SIZES]
     table = [(path, cost, 0, times) for times in (EVEN, STARTS) for path in PATHS for cost in COSTS[:2]]
     table += [(path, COSTS[2], 0, times) for times in (EVEN, STARTS) for path in PATHS[:2]]
-    table += [(path, 5000, alpha, times) for times in (EVEN, STARTS) for path in PATHS[:2] for alpha in ALPHAS[1:]]
     table += [([4], 5000, 0, times) for times in TIMES]
-    table += [([4], cost, 0, times) for cost, times in ((15000, [0, 0.25]), (15000, [0, 0.5]), (30000, EVEN))]
+    table += [([4], 5000, alpha, times) for times in (EVEN, STARTS) for alpha in ALPHAS[1:]]
+    table += [([8, 4], 5000, 0.1, times) for times in (EVEN, STARTS)]
     table = [(*row, "sinusoids") for row in table] + [([4], 5000, 0, times, "smooth") for times in (EVEN, STARTS)]
     return runs + [dict(zip(("path", "cost", "alpha", "times", "features"), row)) for row in table]
 
