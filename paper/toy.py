@@ -128,7 +128,7 @@ def draw(panels: list[tuple], color: Tensor, tau: float, size: int = 500) -> Ima
     image = Image.new("RGB", (4 * size, 2 * size), "white")
     pen = ImageDraw.Draw(image)
     for i, (title, grid, points, fine) in enumerate(panels):
-        scale, middle = size / 7.2, size * torch.tensor([i % 4 + 0.5, i // 4 + 0.55])
+        scale, middle = size / 6.6, size * torch.tensor([i % 4 + 0.5, i // 4 + 0.55])
         pen.text((size * (i % 4 + 0.5), size * (i // 4) + 8), title, "black", anchor="ma", font_size=30)
         for center in CENTERS * scale + middle:
             pen.circle(center.tolist(), 0.3 * scale, "#dddddd")

@@ -91,8 +91,8 @@ def targets(flows: dict[str, toy.Flow], out: Path) -> None:
             below.plot(grid, points[..., 0], color=color, linewidth=1)
         above.set_title(f"{name}\n(taught by {toy.METHODS[name][1]})", fontsize=10)
         below.set(xlabel="tau: noise to data", xlim=(reflow.NOISE, 0))
-    axes[0, 0].set_ylabel("trained on (red)\nwhat its teacher does (grey)")
-    axes[1, 0].set_ylabel("sampling (blue)\ndiffusion model, 32 steps (grey)")
+    axes[0, 0].set_ylabel("trained on (red)\nits teacher (grey)")
+    axes[1, 0].set_ylabel("sampling (blue)\n32-step DDIM (grey)")
     fig.tight_layout()
     fig.savefig(out / "toy_targets.png", dpi=100)
 
