@@ -1,6 +1,6 @@
 """The paper's claims in the plane, with ten seeds: what `toy.md` reports.
 
-    python -m paper.toy_study     adds to paper/results/toy.json what it lacks: about 25 minutes of one core in all
+    python -m paper.toy_study     adds to paper/results/toy.json what it lacks: about 15 minutes of one core in all
 
 A row holds the mean squared distance between the end points of a method and those of its teacher in 32 steps, from the
 same noise, for each seed. Read `toy.py` first; `toy_figures.py` draws the rows.
