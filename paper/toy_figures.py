@@ -61,7 +61,7 @@ def figure(rows: list[dict], out: Path) -> None:
     untrained = next(row for row in rows if row.get("path") == [4] and row["cost"] == 0)
     axes[4].axhline(mean(untrained["distance"]), color="black", linestyle=":", label="untrained (DDIM)")
     for axis in axes:
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, handlelength=4)  # long enough to show dashes
     axes[0].set_ylabel("squared distance from the teacher's end points")
     fig.tight_layout()
     fig.savefig(out / "toy_study.png", dpi=100)
