@@ -58,8 +58,8 @@ CHOICES = {
 }
 
 
-def prepare(protocol: str, captions_file: Path, images: Path, out: Path) -> int:
-    """Write out/prompts.txt and out/reference; returns the number of prompts. Each appears whole or not at all."""
+def prepare(protocol: str, captions_file: Path, images: Path, out: Path) -> None:
+    """Write out/prompts.txt and out/reference; each appears whole or not at all."""
     choice = CHOICES[protocol]
     captions, names = read_coco(captions_file)
     chosen = choice.choose([(text, image) for image in names for text in captions.get(image, [])])[: choice.count]
@@ -80,7 +80,6 @@ def prepare(protocol: str, captions_file: Path, images: Path, out: Path) -> int:
                 shutil.copy(images / name, aside / name)
     write_text(out / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts))
     print(f"{out / 'prompts.txt'}: {len(prompts)} of {choice.count} prompts; {out / 'reference'}: {len(files)} images")
-    return len(prompts)
 
 
 def main() -> None:

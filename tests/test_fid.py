@@ -225,7 +225,7 @@ def test_statistics_files_are_those_of_the_common_tools(tmp_path):
     [
         ({"mean": np.eye(3)}, "mu"),
         ({"mu": np.zeros(4), "sigma": np.eye(3)}, "should be a mean (D,) and a covariance (D, D)"),
-        ({"mu": np.array([0, np.nan, 0]), "sigma": np.eye(3)}, "finite and symmetric"),
+        ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "finite and symmetric"),
         ({"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))}, "finite and symmetric"),
         ({"mu": np.array([{}], dtype=object), "sigma": np.eye(3)}, "allow_pickle"),  # would have to be unpickled
         (None, ""),  # cut short
@@ -240,22 +240,17 @@ def test_bad_statistics_files_are_refused(tmp_path, content, reason):
     assert message.startswith(f"{file} does not hold mu and sigma: ") and reason in message
 
 
-@pytest.mark.parametrize(
-    "good, bad, error", [(5, 1, None), (5, 2, "2 of 7 images cannot be used"), (1, 1, "a covariance needs 2")]
-)
-def test_an_unreadable_image_is_left_out_counted_and_named(tmp_path, capsys, good, bad, error):
-    for i in range(good):
-        Image.new("RGB", (9, 9), (i, 2 * i, i * i)).save(tmp_path / f"{i}.png")
-    for i in range(bad):  # the first of all
-        (tmp_path / f"-bad{i}.png").write_bytes((tmp_path / "0.png").read_bytes()[: 37 + i])
-    if error:
-        assert error in refusal(statistics_of, tmp_path, corner())
-    else:
-        stats = statistics_of(tmp_path, corner())
-        np.testing.assert_allclose(stats.mu * 255, [2, 4, 6], rtol=1e-6)
-        assert stats.count == good
-    told = capsys.readouterr().err
-    assert all(f"notice: {tmp_path}/-bad{i}.png is left out: " in told for i in range(bad))
+def test_an_unreadable_image_is_left_out_counted_and_named(tmp_path, capsys):
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (9, 9), (i, 2 * i, i * i)).save(file)
+    (tmp_path / "-bad.png").write_bytes(files[0].read_bytes()[:37])  # the first of all
+    stats = statistics_of(tmp_path, corner())
+    np.testing.assert_allclose(stats.mu * 255, [2, 4, 6], rtol=1e-6)
+    assert stats.count == 5 and f"notice: {tmp_path}/-bad.png is left out: " in capsys.readouterr().err
+    for file in files[1:]:
+        file.unlink()
+    assert "a covariance needs 2" in refusal(statistics_of, tmp_path, corner())
 
 
 def test_one_image_in_a_hundred_may_be_left_out(tmp_path, capsys):
@@ -294,7 +289,6 @@ SPECTRA = {
     "flat": np.ones(D_),
     "beyond float64": np.exp(-np.linspace(0, 60, D_)),
     "singular": np.where(np.arange(D_) < D_ // 8, 1 / (1 + np.arange(D_)), 0),
-    "rank one": np.where(np.arange(D_) == 0, 3.0, 0),
 }
 
 
@@ -431,8 +425,6 @@ def test_wrong_arguments_are_one_clear_line_and_exit_code_2(folders, tmp_path, c
         ([tmp_path / "three.npz", tmp_path / "two.npz"], "three.npz has 3 features an image, "),
         ([folders[0]], "give GENERATED to compare with"),
         ([*folders, "--save-stats", "stats"], "--save-stats FILE.npz"),
-        ([tmp_path / "none.npz", folders[0]], "none.npz does not hold mu and sigma"),
-        ([tmp_path / "none", folders[0]], "none is no folder"),
     ]:
         assert run(*arguments) == 2
         error = capsys.readouterr().err.strip().splitlines()
