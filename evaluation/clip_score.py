@@ -162,9 +162,7 @@ def find_prompts(files: list[Path], source: Path | None) -> list[str]:
         if key not in known or not is_json and len(prefixes) > 1:
             raise InputError(f"{source} has no prompt for {file}; names should end in the number of a line, from 0")
         if key in found:
-            raise InputError(
-                f"{found[key]} and {file} have one number, and so one prompt of {source}; keep one of them"
-            )
+            raise InputError(f"{found[key]} and {file} have one number, so one prompt of {source}; keep one")
         found[key] = file
     if not is_json:
         check_left_out(len(lines) - len(files), len(lines), files[0].parent, f"of the prompts in {source} are missing")

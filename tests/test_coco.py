@@ -100,19 +100,35 @@ def test_bad_input_is_refused_in_one_line(annotations, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_protocol_goes_from_cocos_files_to_one_line_that_says_all(annotations, inception_file, tmp_path):
+def test_two_processes_go_from_cocos_files_to_the_numbers_of_one(annotations, inception_file, tmp_path, capsys):
     def run(module, *arguments):
         command = helpers.command(module, *arguments, "--device", "cpu", processes=2)
         done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
         assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()[-1]
+        return done.stdout, done.stderr
 
     assert exit_code(coco, "coco2017-5k", annotations, annotations.parent / "val2017", "--out", tmp_path) == 0
     prompts, reference, ours = tmp_path / "prompts.txt", tmp_path / "reference", tmp_path / "ours"
     how = ["--steps", 2, "--sampler", "ddim", "--guidance", 3, "--seed", 5]
     run(sample, "--model", ROOT / "weights/miniature", "--prompts", prompts, *how, "--out", ours)
-    line = run(fid, reference, ours, "--protocol", "coco2017-5k", "--weights", inception_file)
-    assert line.startswith("FID ") and ": mode legacy, network FID Inception" in line
-    assert f"reference 4 of {reference}, generated 4 of {ours} (steps 2, guidance 3.0, seed 5)" in line
-    line = run(clip_score, ours, "--clip", ROOT / "weights/miniature-clip")
-    assert line.startswith("CLIP score") and "over 4 images" in line
+    damaged = ours / "00000.png"  # its prompt can still be read
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    for module, arguments, *expected in (
+        (
+            fid,
+            [reference, ours, "--protocol", "coco2017-5k", "--weights", inception_file],
+            "FID ",
+            ": mode legacy, network FID Inception ",
+            f"reference 4 of {reference}, generated 3 of {ours} (steps 2, guidance 3.0, seed 5)",
+        ),
+        (clip_score, [ours, "--clip", ROOT / "weights/miniature-clip"], "CLIP score ", " over 3 images, by miniature"),
+    ):
+        line, notices = run(module, *arguments)
+        assert all(part in line for part in expected) and line.count("\n") == 1
+        assert notices.count("00000.png is left out: ") == notices.count("1 of 4 images cannot be used") == 1
+        capsys.readouterr()
+        assert exit_code(module, *arguments, "--device", "cpu") == 0
+        alone = capsys.readouterr().out
+        assert line.split(": ")[1:] == alone.split(": ")[1:]
+        numbers = [float(text.split(": ")[0].split()[-1]) for text in (line, alone)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
