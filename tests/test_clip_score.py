@@ -2,18 +2,16 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import TEXT, VOCABULARY, edit, exit_code, randomize, read, refusal, rewrite, write, write_tokenizer
+from helpers import ROOT, TEXT, VOCABULARY, edit, exit_code, randomize, read, refusal, rewrite, write, write_tokenizer
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import fid
 from clip_text import ClipText, ClipTextConfig
 from evaluation import clip_score
 from evaluation.clip_score import ClipScore, find_prompts
@@ -22,7 +20,6 @@ from support import scenes
 from support.images import find_images, save_png
 from support.weights import build
 
-SHIPPED = Path(fid.__file__).parent / "weights/miniature-clip"
 NAMES = "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"
 # As published: text tower, vision tower, its patches, width of what both give, parameters
 SIZES = {
@@ -217,7 +214,7 @@ def test_the_conventions_are_those_of_the_papers(clip, monkeypatch):
 
 
 def test_the_miniatures_clip_prefers_the_caption_of_the_image():
-    clip = ClipScore.load(SHIPPED)
+    clip = ClipScore.load(ROOT / "weights/miniature-clip")
     images, captions = zip(*(scenes.sample(2, i) for i in range(64)))
     own = clip.similarity(np.stack(images), list(captions))
     others = clip.similarity(np.stack(images), [*captions[1:], captions[0]])

@@ -7,14 +7,12 @@ from pathlib import Path
 import helpers
 import numpy as np
 import pytest
-from helpers import ONE_THREAD, exit_code, refusal
+from helpers import ONE_THREAD, ROOT, exit_code, refusal
 from PIL import Image
 
 import fid
 import sample
 from evaluation import clip_score, coco
-
-ROOT = Path(fid.__file__).parent
 
 
 @pytest.fixture(scope="module")

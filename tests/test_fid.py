@@ -1,14 +1,13 @@
 """FID: the network against an independent computation, preparation and distance against known answers, the command."""
 
 import hashlib
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import exit_code, refusal
+from helpers import ROOT, exit_code, refusal
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -19,7 +18,7 @@ from fid import Statistics
 from support.images import find_images, read_image, save_png
 from support.scoring import check_left_out
 
-CLIP = Path(fid.__file__).parent / "weights/miniature-clip"
+CLIP = ROOT / "weights/miniature-clip"
 
 
 # ---- the network
@@ -101,7 +100,7 @@ class Harmful:
 
 
 def test_a_damaged_or_harmful_file_or_that_of_another_network_is_refused(inception, inception_file, tmp_path, capsys):
-    file = tmp_path / "w.pth"
+    file, network = tmp_path / "w.pth", fid.Inception()
     ordinary = inception.state_dict() | {"fc.weight": torch.zeros(1000, 2048), "AuxLogits": torch.zeros(8)}
     del ordinary["fc.bias"]
     for content, reason in (
@@ -113,11 +112,11 @@ def test_a_damaged_or_harmful_file_or_that_of_another_network_is_refused(incepti
         ({"fc.weight": Harmful()}, "no plain file of tensors"),
     ):
         file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
-        told = refusal(fid.Inception().load, file)
+        told = refusal(network.load, file)
         assert told.startswith(f"{file} is damaged or not the FID network (") and fid.PUBLISHED in told
         assert reason in told
     assert "harm" not in capsys.readouterr().out
-    assert "none.pth is missing; get https" in refusal(fid.Inception().load, tmp_path / "none.pth")
+    assert "none.pth is missing; get https" in refusal(network.load, tmp_path / "none.pth")
 
 
 # ---- what it is shown
