@@ -15,9 +15,8 @@ from support.errors import one_line_errors
 def clip_network(folder: Path, device: str) -> fid.Network:
     clip = ClipScore.load(folder, device)
     to_input = partial(prepare, cfg=clip.image_config)
-    return fid.Network(
-        f"mode of CLIP, network CLIP {clip.name}", clip.vision.cfg.projection_dim, to_input, clip.image_features
-    )
+    name = f"mode of CLIP, network CLIP {clip.name}"
+    return fid.Network(name, clip.vision.cfg.projection_dim, to_input, clip.image_features)
 
 
 def main() -> None:

@@ -24,10 +24,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clip_text import ClipText, ClipTextConfig, Tokenizer
-from evaluation.clip_vision import ClipVision, ClipVisionConfig, prepare
+from evaluation.clip_vision import ClipImageConfig, ClipVision, ClipVisionConfig, image_config_of, prepare, read_towers
 from fid import crop_then_resize
 from support.captions import read_coco, read_prompts
-from support.clip_folder import ClipImageConfig, read_image_config, read_towers
 from support.devices import choose_device, rank_and_world
 from support.errors import InputError, Parser, count, one_line_errors, positive_int
 from support.folders import find_tensors
@@ -95,7 +94,7 @@ class ClipScore:
         if tokens != rows:  # its ids would be other words to the text tower
             raise InputError(f"{folder}: the tokenizer knows {tokens} tokens, the text tower {rows}; they do not fit")
         tokenizer.length = text.cfg.max_position_embeddings
-        image_config = read_image_config(folder, vision.cfg.image_size)
+        image_config = image_config_of(folder, vision.cfg.image_size)
         return cls(text, vision, tokenizer, image_config, folder.resolve().name)
 
     @torch.no_grad()
@@ -163,9 +162,7 @@ def find_prompts(files: list[Path], source: Path | None) -> list[str]:
         if key not in known or not is_json and len(prefixes) > 1:
             raise InputError(f"{source} has no prompt for {file}; names should end in the number of a line, from 0")
         if key in found:
-            raise InputError(
-                f"{found[key]} and {file} have one number, and so one prompt of {source}; keep one of them"
-            )
+            raise InputError(f"{found[key]} and {file} have one number, so one prompt of {source}; keep one")
         found[key] = file
     if not is_json:
         check_left_out(len(lines) - len(files), len(lines), files[0].parent, f"of the prompts in {source} are missing")

@@ -1,4 +1,4 @@
-"""CLIP's vision tower (Radford et al. 2021), and the way from an image to what it sees.
+"""CLIP's vision tower (Radford et al. 2021), the settings in a CLIP folder, and the way from an image to what it sees.
 
 Its layers are those of the text tower, `clip_text.py`. Attribute names equal the keys of CLIP's weights.
 
@@ -6,6 +6,7 @@ Shapes: B batch, P patches, D width. H W height and width, S that of the square 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -14,8 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clip_text import Encoder, embedding
-from support.clip_folder import ClipImageConfig
+from support.errors import InputError
+from support.files import read_json
 from support.images import to_rgb
+from support.weights import read_config
 
 
 @dataclass
@@ -81,6 +84,82 @@ class ClipVision(nn.Module):
         for layer in self.vision_model.encoder.layers:
             x = layer(x)
         return self.vision_model.post_layernorm(x)
+
+
+# ---- A CLIP folder's JSON files, as OpenAI, OpenCLIP and versions of transformers have written them ----
+
+PUBLISHED = "openai/clip-vit-large-patch14 and laion/CLIP-ViT-g-14-laion2B-s12B-b42K on the Hugging Face hub are some"
+# Until 2023, every config.json held the settings that all kinds of models had in common. CLIP reads none of these.
+COMMON = set(
+    """chunk_size_feed_forward diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size id2label label2id
+    length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores problem_type remove_invalid_values repetition_penalty
+    return_dict return_dict_in_generate temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings top_k top_p
+    torchscript typical_p use_bfloat16""".split()
+)
+# These, too, as long as they ask for nothing.
+ABSENT = {"add_cross_attention", "is_decoder", "is_encoder_decoder", "pruned_heads"}
+
+
+@dataclass
+class ClipImageConfig:
+    """The fields of a CLIP folder's `preprocessor_config.json` that we read; the defaults are CLIP's own."""
+
+    size: int | dict = 224  # of the short side; in newer files {"shortest_edge": 224}
+    crop_size: int | dict = 224  # of the square that the network sees; in newer files {"height": 224, "width": 224}
+    resample: int = 3  # pillow's number for bicubic
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    ONLY: ClassVar[dict[str, object]] = {  # see ClipTextConfig
+        "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255,
+        "do_pad": False, "use_square_size": False, "default_to_square": ..., "do_convert_rgb": ..., "data_format": ...,
+        "input_data_format": ..., "image_processor_type": ..., "feature_extractor_type": ..., "processor_class": ...,
+        "device": ..., "disable_grouping": ..., "return_tensors": ..., "use_fast": ...,
+    }  # fmt: skip
+
+    def __post_init__(self):
+        if isinstance(self.size, dict):
+            self.size = self.size.get("shortest_edge")
+        if isinstance(self.crop_size, dict) and self.crop_size.get("height") == self.crop_size.get("width"):
+            self.crop_size = self.crop_size.get("height")
+        if not (isinstance(self.size, int) and isinstance(self.crop_size, int) and 0 < self.crop_size <= self.size):
+            raise ValueError("size must be that of the shortest edge, and crop_size a square within it")
+        if len(self.image_mean) != 3 or len(self.image_std) != 3:
+            raise ValueError("image_mean and image_std must be three numbers, for red, green and blue")
+        self.resample = Image.Resampling(self.resample)
+
+
+def image_config_of(folder: Path, side: int) -> ClipImageConfig:
+    """How a CLIP folder says that images are prepared, for a vision tower that takes images of `side` pixels."""
+    settings = {"size": side, "crop_size": side}
+    for name in "processor_config.json", "preprocessor_config.json":  # the first is today's, with all in one
+        if (folder / name).is_file():
+            settings = read_json(folder / name)
+            settings = settings.get("image_processor", settings)
+    config = read_config(ClipImageConfig, settings, f"{folder}: preprocessor config")
+    if config.crop_size != side:
+        sizes = f"images of {config.crop_size} pixels, the vision tower takes {side}"
+        raise InputError(f"{folder}: the preprocessor config makes {sizes}")
+    return config
+
+
+def read_towers(folder: Path) -> list[dict]:
+    """The settings of the text and of the vision tower in a CLIP folder's `config.json`."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no CLIP folder: it has no config.json; {PUBLISHED}")
+    config, towers = read_json(folder / "config.json"), []
+    for tower in "text", "vision":
+        # OpenAI's older files have them twice, and then the other libraries go by this one alone.
+        settings = config.get(f"{tower}_config_dict")
+        settings = config.get(f"{tower}_config") if settings is None else settings
+        if config.get("model_type") != "clip" or not isinstance(settings, dict):
+            what = "model_type clip, with text_config and vision_config"
+            raise InputError(f"{folder}: config.json describes no CLIP: {what}; {PUBLISHED}")
+        empty = {name for name in ABSENT if not settings.get(name)}
+        settings = {name: value for name, value in settings.items() if name not in COMMON | empty}
+        towers.append(settings | {"projection_dim": config.get("projection_dim") or 512})  # a tower's own is not used
+    return towers
 
 
 def prepare(image: Image.Image | np.ndarray, cfg: ClipImageConfig) -> Tensor:

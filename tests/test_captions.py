@@ -5,34 +5,25 @@ import json
 import pytest
 from helpers import refusal
 
-from support.captions import caption_of, lines_of, read_coco, read_prompts, read_text
+from support.captions import lines_of, read_coco, read_prompts, read_text
 
 
-@pytest.mark.parametrize(
-    "content, text",
-    [
-        (b"a red circle\n", "a red circle\n"),
-        (b"\xef\xbb\xbfa red circle", "a red circle"),  # as Notepad writes it
-        ("日本\u2028語".encode(), "日本\u2028語"),
-        (b"", ""),
-    ],
-)
-def test_a_text_file_is_utf8_with_or_without_a_byte_order_mark(tmp_path, content, text):
-    (tmp_path / "a.txt").write_bytes(content)
-    assert read_text(tmp_path / "a.txt") == text
+def test_a_text_file_is_utf8_with_or_without_a_byte_order_mark(tmp_path):
+    for mark in b"", b"\xef\xbb\xbf":  # which Notepad writes
+        (tmp_path / "a.txt").write_bytes(mark + "日本\u2028語\n".encode())
+        assert read_text(tmp_path / "a.txt") == "日本\u2028語\n"
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["a cat".encode("utf-16"), "a cat".encode("utf-16-le"), "Käse".encode("latin-1"), b"\xed\xa0\x80 is half a letter"],
-)
+@pytest.mark.parametrize("content", ["a cat".encode("utf-16"), "a cat".encode("utf-16-le"), b"K\xe4se"])
 def test_what_is_no_utf8_is_refused_in_one_line(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
-    for read in read_text, read_prompts, read_coco:
-        message = refusal(read, tmp_path / "a.txt")
-        assert message.startswith(f"cannot read {tmp_path}/a.txt: it is no UTF-8 text (") and "save it as" in message
+    message = refusal(read_text, tmp_path / "a.txt")
+    assert message.startswith(f"cannot read {tmp_path}/a.txt: it is no UTF-8 text (") and "save it as" in message
+
+
+def test_what_cannot_be_read_is_refused_in_one_line(tmp_path):
     assert "No such file" in refusal(read_prompts, tmp_path / "none.txt")
-    assert "Is a directory" in refusal(read_prompts, tmp_path)
+    assert "Is a directory" in refusal(read_coco, tmp_path)
 
 
 def test_lines_end_at_line_feeds_and_nowhere_else(tmp_path):
@@ -49,22 +40,16 @@ def test_lines_end_at_line_feeds_and_nowhere_else(tmp_path):
 @pytest.mark.parametrize(
     "value, reason",
     [
-        (None, "null, not text"), (["a", "b"], '["a", "b"], not text'), (3, "3, not text"), (True, "true, not text"),
-        ("", "empty"), (" \n", "empty"), ("\ud83d", "half a letter"), ("a\0b", "zero byte"),
+        (None, "null, not text"), (["a", "b"], '["a", "b"], not text'), (" \n", "empty"), ("\ud83d", "half a letter"),
+        ("a\0b", "zero byte"),
     ],
 )  # fmt: skip
-def test_what_is_no_caption_is_never_turned_into_words(tmp_path, capsys, value, reason):
-    with pytest.raises(ValueError, match="its caption") as caught:
-        caption_of(value)
-    assert reason in str(caught.value)
+def test_what_is_no_caption_is_left_out_and_named(tmp_path, capsys, value, reason):
     entries = [{"image_id": image, "caption": caption} for image, caption in ((1, value), (2, " a\n cat "), (1, "b"))]
     (tmp_path / "c.json").write_text(json.dumps({"annotations": entries}))
     assert read_coco(tmp_path / "c.json")[0] == {2: ["a cat"], 1: ["b"]}
-    assert (
-        f"1 captions are left out: image 1 (its caption {'is' if 'text' in reason else ''}" in capsys.readouterr().err
-    )
-    (tmp_path / "c.json").write_text(json.dumps({"annotations": entries[:1]}))
-    assert "c.json holds no captions" in refusal(read_prompts, tmp_path / "c.json")
+    told = capsys.readouterr().err
+    assert "1 captions are left out: image 1 (its caption " in told and reason in told
 
 
 def test_cocos_captions_come_in_the_order_of_the_file(tmp_path):
@@ -83,7 +68,9 @@ def test_cocos_captions_come_in_the_order_of_the_file(tmp_path):
     assert read_prompts(tmp_path / "c.JSON") == ["of x", "first of 9"]
 
 
-@pytest.mark.parametrize("content", ["no JSON", "[]", "3", "{}", '{"annotations": [{"id": 1}]}', "[" * 100_000])
+@pytest.mark.parametrize("content", ["no JSON", "[]", "{}", '{"annotations": [{"id": 1}]}', "[" * 100_000])
 def test_another_json_is_refused(tmp_path, content):
     (tmp_path / "c.json").write_text(content)
     assert "c.json is not a COCO captions JSON" in refusal(read_prompts, tmp_path / "c.json")
+    (tmp_path / "c.json").write_text('{"annotations": []}')
+    assert "c.json holds no captions" in refusal(read_prompts, tmp_path / "c.json")

@@ -7,34 +7,32 @@ from pathlib import Path
 import helpers
 import numpy as np
 import pytest
-from helpers import ONE_THREAD, refusal
+from helpers import ONE_THREAD, ROOT, exit_code, refusal
 from PIL import Image
 
 import fid
 import sample
 from evaluation import clip_score, coco
 
-ROOT = Path(fid.__file__).parent
-
 
 @pytest.fixture(scope="module")
 def annotations(tmp_path_factory):
-    """As COCO's: several captions of each image, not in order, with line breaks, images of any shape."""
+    """As COCO's: several captions of each image, not in order, with line breaks. One image is missing."""
     folder = tmp_path_factory.mktemp("coco")
     (folder / "val2017").mkdir()
     rng = np.random.default_rng(0)
     images, captions = [], []
-    for k, number in enumerate((139, 42, 724, 285)):
+    for k, number in enumerate((139, 42, 724, 285, 5)):
         name = f"{number:012d}.jpg"
         pixels = rng.integers(0, 256, (6, 8, 3), np.uint8)
-        shape = (640, 427) if k % 2 else (480, 640)
-        Image.fromarray(pixels).resize(shape).convert("L" if k == 3 else "RGB").save(folder / "val2017" / name)
-        images.append({"id": number, "file_name": name, "width": shape[0], "height": shape[1]})
+        Image.fromarray(pixels).resize((640, 427) if k % 2 else (480, 640)).save(folder / "val2017" / name)
+        images.append({"id": number, "file_name": name})
         for i in (1, 0, 2):
             said = f"caption {i} of\n image {number} " if i else f"a red circle and a {number}"
             captions.append({"id": 10 * (5 - k) + i, "image_id": number, "caption": said})
+    (folder / "val2017/000000000005.jpg").unlink()
     file = folder / "captions_val2017.json"
-    file.write_text(json.dumps({"info": {}, "licenses": [], "images": images, "annotations": captions}))
+    file.write_text(json.dumps({"images": images, "annotations": captions}))
     return file
 
 
@@ -43,17 +41,18 @@ def prompts_of(protocol, annotations, out):
     return (out / "prompts.txt").read_text().splitlines(), sorted(file.name for file in (out / "reference").iterdir())
 
 
-def test_5k_is_the_caption_of_every_image_that_comes_first_in_the_file(annotations, tmp_path):
+def test_5k_is_the_caption_of_every_image_that_comes_first_in_the_file(annotations, tmp_path, capsys):
     prompts, reference = prompts_of("coco2017-5k", annotations, tmp_path)
     assert prompts == [f"caption 1 of image {number}" for number in (139, 42, 724, 285)]
     assert reference == [f"{number:012d}.jpg" for number in (42, 139, 285, 724)]
     assert (tmp_path / "reference" / reference[0]).is_symlink()
+    assert "val2017: 1 of 5 images are missing (000000000005.jpg)" in capsys.readouterr().err
 
 
 def test_30k_are_any_captions_once_each_against_all_images(annotations, tmp_path, monkeypatch):
     every, _ = prompts_of("coco2014-30k", annotations, tmp_path / "all")
-    assert len(set(every)) == 12 and "caption 1 of image 139" in every
-    monkeypatch.setattr(coco.CHOICES["coco2014-30k"], "count", 3)
+    assert len(set(every)) == 12 and not any(prompt.endswith(" 5") for prompt in every)
+    monkeypatch.setattr(fid.PROTOCOLS["coco2014-30k"], "count", 3)
     prompts, reference = prompts_of("coco2014-30k", annotations, tmp_path / "some")
     assert prompts == every[:3] and len(reference) == 4
 
@@ -68,28 +67,10 @@ def test_10k_is_dmd2s_draw(tmp_path, monkeypatch):
     (tmp_path / "val2017").mkdir()
     for image in images:
         (tmp_path / "val2017" / image["file_name"]).touch()
-    monkeypatch.setattr(coco.CHOICES["coco2014-10k"], "count", 5)
+    monkeypatch.setattr(fid.PROTOCOLS["coco2014-10k"], "count", 5)
     prompts, reference = prompts_of("coco2014-10k", tmp_path / "c.json", tmp_path / "out")
     assert prompts == ["1 of 8", "0 of 7", "0 of 2", "1 of 9", "2 of 4"]
     assert reference == sorted(f"{prompt[-1]}.jpg" for prompt in prompts)
-
-
-def test_every_protocol_of_fid_says_what_to_draw_for_it():
-    counts = {name: protocol.count for name, protocol in fid.PROTOCOLS.items() if name != "none"}
-    assert counts == {name: choice.count for name, choice in coco.CHOICES.items()}
-
-
-@pytest.mark.parametrize("protocol", coco.CHOICES)
-def test_a_missing_image_is_named_and_left_out_of_both_sides(protocol, annotations, tmp_path, capsys):
-    content = json.loads(annotations.read_text())
-    content["images"].append({"id": 5, "file_name": "gone.jpg"})
-    content["annotations"].append({"image_id": 5, "id": 5, "caption": "what is gone"})
-    (tmp_path / "c.json").write_text(json.dumps(content))
-    (tmp_path / "val2017").symlink_to(annotations.parent / "val2017")
-    prompts, reference = prompts_of(protocol, tmp_path / "c.json", tmp_path / "out")
-    assert len(prompts) == (12 if protocol == "coco2014-30k" else 4) and "what is gone" not in prompts
-    assert len(reference) == 4
-    assert "val2017: 1 of 5 images are missing (gone.jpg)" in capsys.readouterr().err
 
 
 def test_where_links_are_refused_images_are_copied(annotations, tmp_path, monkeypatch):
@@ -103,40 +84,44 @@ def test_where_links_are_refused_images_are_copied(annotations, tmp_path, monkey
 
 
 def test_bad_input_is_refused_in_one_line(annotations, tmp_path):
-    images = annotations.parent / "val2017"
     content = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 2, "caption": "a"}]}
     (tmp_path / "bad.json").write_text(json.dumps(content))
-    message = refusal(coco.prepare, "coco2017-5k", tmp_path / "bad.json", images, tmp_path)
+    message = refusal(coco.prepare, "coco2017-5k", tmp_path / "bad.json", tmp_path, tmp_path)
     assert "holds no captions of its images" in message
     message = refusal(coco.prepare, "coco2017-5k", annotations, tmp_path, tmp_path / "out")
-    assert "4 of 4 images are missing (0" in message and not (tmp_path / "out").exists()
+    assert "5 of 5 images are missing (0" in message and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("protocol, mode, processes", [("coco2017-5k", "legacy", 2), ("coco2014-30k", "clean", 1)])
-def test_a_protocol_goes_from_cocos_files_to_one_line_that_says_all(
-    protocol, mode, processes, annotations, inception_file, tmp_path
-):
-    """Processes make the images, are interrupted, go on; and score them."""
-
-    def run(module, *arguments, processes=processes):
-        line = helpers.command(module, *arguments, processes=processes)
-        done = subprocess.run(line, capture_output=True, text=True, env=ONE_THREAD)
+@pytest.mark.slow
+def test_two_processes_go_from_cocos_files_to_the_numbers_of_one(annotations, inception_file, tmp_path, capsys):
+    def run(module, *arguments):
+        command = helpers.command(module, *arguments, "--device", "cpu", processes=2)
+        done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
         assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()[-1]
+        return done.stdout, done.stderr
 
-    run(coco, protocol, annotations, annotations.parent / "val2017", "--out", tmp_path, processes=1)
-    made = tmp_path / "ours"
-    how = ["--prompts", tmp_path / "prompts.txt", "--steps", 2, "--sampler", "ddim", "--guidance", 3, "--seed", 5]
-    how += ["--model", ROOT / "weights/miniature", "--out", made]
-    run(sample, *how)
-    (made / "00001.png").unlink()  # as if the run had not come so far
-    kept = (made / "00000.png").stat().st_mtime_ns
-    run(sample, *how)
-    assert (made / "00000.png").stat().st_mtime_ns == kept
-    line = run(fid, tmp_path / "reference", made, "--protocol", protocol, "--weights", inception_file, "--workers", 0)
-    count = len((tmp_path / "prompts.txt").read_text().splitlines())
-    assert "FID" in line and mode in line and f"protocol {protocol}" in line and "Inception" in line
-    assert "reference 4 of" in line and f"generated {count} of" in line
-    assert "steps 2" in line and "guidance 3" in line and "seed 5" in line
-    line = run(clip_score, made, "--clip", ROOT / "weights/miniature-clip")
-    assert line.startswith("CLIP score") and f"over {count} images" in line
+    assert exit_code(coco, "coco2017-5k", annotations, annotations.parent / "val2017", "--out", tmp_path) == 0
+    prompts, reference, ours = tmp_path / "prompts.txt", tmp_path / "reference", tmp_path / "ours"
+    how = ["--steps", 2, "--sampler", "ddim", "--guidance", 3, "--seed", 5]
+    run(sample, "--model", ROOT / "weights/miniature", "--prompts", prompts, *how, "--out", ours)
+    damaged = ours / "00000.png"  # its prompt can still be read
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    for module, arguments, *expected in (
+        (
+            fid,
+            [reference, ours, "--protocol", "coco2017-5k", "--weights", inception_file],
+            "FID ",
+            ": mode legacy, network FID Inception ",
+            f"reference 4 of {reference}, generated 3 of {ours} (steps 2, guidance 3.0, seed 5)",
+        ),
+        (clip_score, [ours, "--clip", ROOT / "weights/miniature-clip"], "CLIP score ", " over 3 images, by miniature"),
+    ):
+        line, notices = run(module, *arguments)
+        assert all(part in line for part in expected) and line.count("\n") == 1
+        assert notices.count("00000.png is left out: ") == notices.count("1 of 4 images cannot be used") == 1
+        capsys.readouterr()
+        assert exit_code(module, *arguments, "--device", "cpu") == 0
+        alone = capsys.readouterr().out
+        assert line.split(": ")[1:] == alone.split(": ")[1:]
+        numbers = [float(text.split(": ")[0].split()[-1]) for text in (line, alone)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
