@@ -10,20 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from model import StableDiffusion
+from support import layouts
 from support.errors import InputError
 from support.weights import build
 
@@ -129,26 +122,27 @@ VAE = {
 }  # fmt: skip
 
 
-def scheduler():
-    return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False,
-        clip_sample=False,
-    )  # fmt: skip
-
-
+# The reference libraries take seconds to import, so only who needs them does.
 def sd15_pipeline(folder):
     """SD1.5 in small: four resolutions, three of them with cross-attention, one text encoder."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
     return StableDiffusionPipeline(
         unet=randomize(UNet2DConditionModel(**UNET), 1),
         vae=randomize(AutoencoderKL(**VAE), 2),
         text_encoder=randomize(CLIPTextModel(CLIPTextConfig(**TEXT)), 3),
         tokenizer=CLIPTokenizer.from_pretrained(write_tokenizer(folder)),
-        scheduler=scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        scheduler=DDIMScheduler.from_config(layouts.SCHEDULER),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
 def sdxl_pipeline(folder):
     """SDXL in small: deeper transformers with linear projections, two text encoders, image sizes as a condition."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
     return StableDiffusionXLPipeline(
         unet=randomize(UNet2DConditionModel(**UNET_XL), 4),
         vae=randomize(AutoencoderKL(**VAE | {"force_upcast": True, "scaling_factor": 0.13025}), 5),
@@ -156,7 +150,8 @@ def sdxl_pipeline(folder):
         text_encoder_2=randomize(CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2)), 7),
         tokenizer=CLIPTokenizer.from_pretrained(write_tokenizer(folder / "1")),
         tokenizer_2=CLIPTokenizer.from_pretrained(write_tokenizer(folder / "2", pad_token="!")),
-        scheduler=scheduler(), force_zeros_for_empty_prompt=True, add_watermarker=False,
+        scheduler=DDIMScheduler.from_config(layouts.SCHEDULER),
+        force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
 
 
