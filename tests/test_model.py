@@ -269,8 +269,9 @@ def test_save_replaces_nothing_but_a_model(sd15, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work/thesis.txt").write_text("years")
     (tmp_path / "file").write_text("not a folder")
+    sd = load(sd15)
     for name in "work", "file", "work/thesis.txt":
-        assert "exists and is not a model folder" in refusal(load(sd15).save, tmp_path / name)
+        assert "exists and is not a model folder" in refusal(sd.save, tmp_path / name)
     assert (tmp_path / "work/thesis.txt").read_text() == "years"
 
 
