@@ -12,6 +12,24 @@ from torch import Tensor, nn
 
 from support.errors import InputError
 
+# What a network's config.json may say beside the fields that we read and null: other values would need code that is not
+# here. `...` stands for any value, of a setting that changes nothing in the network.
+ONLY = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownEncoderBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpDecoderBlock2D"), "addition_embed_type": ("text_time",),
+    "act_fn": "silu", "attention_type": "default", "center_input_sample": False, "class_embeddings_concat": False,
+    "conv_in_kernel": 3, "conv_out_kernel": 3, "downsample_padding": 1, "dropout": 0.0, "attention_dropout": 0.0,
+    "dual_cross_attention": False, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "only_cross_attention": False, "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False, "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
+    "upcast_attention": False, "addition_embed_type_num_heads": 64, "mid_block_add_attention": True,
+    "use_quant_conv": True, "use_post_quant_conv": True, "hidden_act": ("quick_gelu", "gelu"),
+    "model_type": "clip_text_model", "decay": ..., "min_decay": ..., "inv_gamma": ..., "power": ...,
+    "optimization_step": ..., "update_after_step": ..., "use_ema_warmup": ..., "bos_token_id": ...,
+    "pad_token_id": ..., "initializer_factor": ..., "initializer_range": ..., "torch_dtype": ..., "dtype": ...,
+    "transformers_version": ...,
+}  # fmt: skip
+
 # Scheduler classes that sample epsilon diffusion models. Which of them a folder names makes no difference here.
 SAMPLERS = """DDIM DDIMParallel DDPM DDPMParallel PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete
     KDPM2Discrete KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep
