@@ -75,7 +75,7 @@ class StableDiffusion:
 
     @property
     def guidance(self) -> float:
-        """The default guidance scale: 4, as the paper's; none (1) for a flow of guided trajectories (paper/variants.py)."""
+        """The default scale: 4, as the paper's; none (1) for a flow of guided trajectories (`paper/variants.py`)."""
         return 1.0 if "trained_guidance" in self.configs["scheduler"] else 4.0
 
     @property

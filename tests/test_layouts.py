@@ -31,7 +31,7 @@ def named_as_single_file(family, component, tensors):
     """A network's tensors under the names that layouts.py knows for them. What changes their form is written out here,
     without its help."""
     stored = {}
-    for key, (name, _) in layouts.sources_in_single_file(family, component, tensors).items():
+    for key, (name, _) in layouts.sources(family, component, tensors).items():
         tensor = tensors[key]
         if "in_proj" in name:
             tensor = torch.cat([tensors[re.sub("[qkv]_proj", f"{part}_proj", key)] for part in "qkv"])
