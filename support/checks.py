@@ -36,17 +36,18 @@ SAMPLERS = """DDIM DDIMParallel DDPM DDPMParallel PNDM LMSDiscrete EulerDiscrete
     UniPCMultistep SASolver"""
 SAMPLERS = [f"{name}Scheduler" for name in SAMPLERS.split()]
 
-# Scheduler setting: (what it must be, what the libraries take where it is left out)
+# Scheduler setting: (what it may be, what the libraries take where it is left out)
 SCHEDULE = {
-    "beta_schedule": ("scaled_linear", "linear"), "beta_start": (0.00085, 0.0001), "beta_end": (0.012, 0.02),
-    "num_train_timesteps": (1000, 1000), "prediction_type": ("epsilon", "epsilon"), "trained_betas": (None, None),
-    "rescale_betas_zero_snr": (False, False), "use_flow_sigmas": (False, False), "timestep_type": ("discrete",) * 2,
+    "beta_schedule": (["scaled_linear"], "linear"), "beta_start": ([0.00085], 0.0001), "beta_end": ([0.012], 0.02),
+    "num_train_timesteps": ([1000], 1000), "prediction_type": (["epsilon"], "epsilon"), "trained_betas": ([None], None),
+    "rescale_betas_zero_snr": ([False], False), "use_flow_sigmas": ([False], False),
+    "timestep_type": (["discrete"], "discrete"),
 }  # fmt: skip
 PERFLOW_SCHEDULE = {  # its own defaults are Stable Diffusion's, and it takes any betas
-    "beta_schedule": ("scaled_linear", "scaled_linear"), "num_train_timesteps": (1000, 1000),
-    "trained_betas": (None, None), "t_noise": (1, 1), "t_clean": (0, 0),
+    "beta_schedule": (["scaled_linear"], "scaled_linear"), "num_train_timesteps": ([1000], 1000),
+    "trained_betas": ([None], None), "t_noise": ([1], 1), "t_clean": ([0], 0),
+    "prediction_type": (["ddim_eps", "diff_eps"], "ddim_eps"),
 }  # fmt: skip
-PREDICTION_TYPES = ("ddim_eps", "diff_eps")  # PeRFlow's
 
 # Beginnings of tensor names in single files of other models
 OTHERS = {
@@ -76,14 +77,10 @@ def check_scheduler(scheduler: dict, where: str | Path) -> None:
         raise InputError(f"{where}: the scheduler {name} is not supported: it is for another kind of model")
     for name, (wanted, left_out) in (PERFLOW_SCHEDULE if is_perflow(scheduler) else SCHEDULE).items():
         value = scheduler.get(name, left_out)
-        if value != wanted and not (value is None and left_out is False):
+        if value not in wanted and not (value is None and left_out is False):
             said = "left out, which means " if name not in scheduler else ""
-            raise InputError(f"{where}: scheduler {name} = {said}{value!r} is not supported, only {wanted!r}")
-    if is_perflow(scheduler) and scheduler.get("prediction_type", "ddim_eps") not in PREDICTION_TYPES:
-        only = " and ".join(map(repr, PREDICTION_TYPES))
-        raise InputError(
-            f"{where}: scheduler prediction_type = {scheduler['prediction_type']!r} is not supported, only {only}"
-        )
+            only = " and ".join(map(repr, wanted))
+            raise InputError(f"{where}: scheduler {name} = {said}{value!r} is not supported, only {only}")
     for name in "beta_start", "beta_end", "trained_guidance":
         value, most = scheduler.get(name, 0.01), 1 if name.startswith("beta") else 100
         if type(value) not in (int, float) or not 0 < value < most:

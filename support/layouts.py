@@ -147,35 +147,29 @@ def openclip_source(key: str) -> Source:
     return name, transposed if key.startswith("text_projection") else as_stored
 
 
-def sources(
-    family: str | None, component: str, keys: Iterable[str], stored: set[str] = frozenset()
-) -> dict[str, Source]:
-    """For each of our keys of a component, its source in a single file of `family` ("SD1.5" or "SDXL"), or in a folder
-    where that is None. stored: the names in the files, where they may be spelled otherwise than in the official ones."""
+def sources(family: str | None, part: str, keys: Iterable[str], stored: set[str] = frozenset()) -> dict[str, Source]:
+    """For each key of a part, its source in a single file of `family` ("SD1.5" or "SDXL"), or in a folder where that is
+    None. stored: the names in the files, where they may be spelled otherwise than in the official ones."""
     if family is None:
         return sources_in_folder(keys, stored)
     source = {
         "unet": lambda key: unet_source(key, keys), "vae": vae_source, "text_encoder_2": openclip_source,
         "text_encoder": lambda key: (key, as_stored),
-    }[component]  # fmt: skip
+    }[part]  # fmt: skip
     found = {key: source(key) for key in keys}
-    return {key: spelled((PREFIXES[family][component] + name, view), stored) for key, (name, view) in found.items()}
+    return {key: spelled((PREFIXES[family][part] + name, view), stored) for key, (name, view) in found.items()}
 
 
 def as_single_file(family: str, component: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The way back: a component's tensors under their names in a single file, and in the form that they have there."""
-    stored: dict[str, list[tuple[str, Tensor]]] = {}
+    stored: dict[str, list[Tensor]] = {}
     for key, (name, view) in sources(family, component, tensors).items():
         tensor = transposed(tensors[key]) if view is transposed else tensors[key]
         if ".attn_1." in name and tensor.dim() == 2:
             tensor = tensor[:, :, None, None]  # the VAE's projections are 1x1 convolutions there
-        stored.setdefault(name, []).append((key, tensor))
-
-    def place(part: tuple[str, Tensor]) -> int:  # queries, keys and values are one matrix, in this order
-        match = re.search(r"\.([qkv])_proj\.", part[0])
-        return "qkv".index(match[1]) if match else 0
-
-    return {name: torch.cat([tensor for _, tensor in sorted(parts, key=place)]) for name, parts in stored.items()}
+        stored.setdefault(name, []).append(tensor)
+    # Queries, keys and values of the second text encoder are one matrix, in the order of its attributes.
+    return {name: torch.cat(parts) for name, parts in stored.items()}
 
 
 def single_file(

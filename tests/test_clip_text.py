@@ -2,7 +2,6 @@
 
 test_parity.py compares the encoder's tensors and numbers with the reference's."""
 
-import json
 import shutil
 
 import pytest
@@ -10,11 +9,8 @@ import torch
 import transformers
 from helpers import edit, randomize, read, refusal, write
 from parity import SMALL_CLIP_L
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 
 from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer
-from support.vocabulary import clip_bpe
 from support.weights import read_config
 
 NASTY = [
@@ -38,24 +34,6 @@ NASTY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An official tokenizer folder (vocab.json, merges.txt) with a small vocabulary of its own."""
-    bpe = clip_bpe({END: 0}, [])
-    letters = sorted(ByteLevel.alphabet())
-    trainer = BpeTrainer(vocab_size=900, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False)
-    bpe.train_from_iterator([*NASTY, *(open(__file__, encoding="utf-8").read().split("\n"))] * 3, trainer)
-    merges = json.loads(bpe.to_str())["model"]["merges"]
-    names = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), BEGIN, END]
-    folder = tmp_path_factory.mktemp("tokenizer")
-    vocabulary = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    text = "#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in merges)
-    (folder / "merges.txt").write_text(text, encoding="utf-8")
-    set_padding(folder, END)
-    return folder
-
-
 FORMS = ["SD1.5", "SDXL 2", "strings", "not normalized", "added", "decoder", "SDXL 2 json"]
 
 
@@ -71,10 +49,10 @@ def set_padding(folder, pad, normalized=None):
 
 
 @pytest.fixture(scope="module", params=FORMS)
-def form(request, folder, tmp_path_factory):
+def form(request, tokenizer, tmp_path_factory):
     """The tokenizer's folder in the forms in which it is published: SDXL's second one pads with "!", id 0."""
     kind = request.param.removesuffix(" json")
-    place = shutil.copytree(folder, tmp_path_factory.mktemp("forms") / "tokenizer")
+    place = shutil.copytree(tokenizer, tmp_path_factory.mktemp("forms") / "tokenizer")
     normalized = {"strings": None, "not normalized": False}.get(kind, True)
     set_padding(place, "!" if kind == "SDXL 2" else END, normalized)
     size = len(read(place / "vocab.json"))
@@ -90,16 +68,16 @@ def form(request, folder, tmp_path_factory):
 
 
 def test_token_ids_are_those_of_transformers(form):
-    tokenizer, reference = Tokenizer.load(form), transformers.CLIPTokenizer.from_pretrained(form)
+    ours, reference = Tokenizer.load(form), transformers.CLIPTokenizer.from_pretrained(form)
     wanted = reference(NASTY, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-    ids = tokenizer(NASTY)
-    assert ids.dtype == torch.int64 and ids.shape == (len(NASTY), 77) and tokenizer([]).shape == (0, 77)
-    for prompt, ours, theirs in zip(NASTY, ids.tolist(), wanted.tolist()):
-        assert ours == theirs, prompt
+    ids = ours(NASTY)
+    assert ids.dtype == torch.int64 and ids.shape == (len(NASTY), 77) and ours([]).shape == (0, 77)
+    for prompt, row, theirs in zip(NASTY, ids.tolist(), wanted.tolist()):
+        assert row == theirs, prompt
 
 
-def test_a_prompt_that_is_too_long_is_cut_with_a_notice_of_what_is_lost(folder, capsys):
-    tokenizer = Tokenizer.load(folder)
+def test_a_prompt_that_is_too_long_is_cut_with_a_notice_of_what_is_lost(tokenizer, capsys):
+    tokenizer = Tokenizer.load(tokenizer)
     fits = "1" * 75  # every digit is a token
     ids = tokenizer([fits, fits + " Red circle"])
     assert torch.equal(ids[0], ids[1])
@@ -108,8 +86,8 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_notice_of_what_is_lost(folder, 
     assert len(notices) == 1 and "Red circle" in notices[0] and "77 tokens" in notices[0]
 
 
-def test_texts_are_as_long_as_the_tokenizer_says(folder, tmp_path):
-    place = shutil.copytree(folder, tmp_path / "t")
+def test_texts_are_as_long_as_the_tokenizer_says(tokenizer, tmp_path):
+    place = shutil.copytree(tokenizer, tmp_path / "t")
     for said, length in (248, 248), (None, 77), (10**30, 77):  # 10^30: the library did not know
         edit(place / "tokenizer_config.json", model_max_length=said)
         assert Tokenizer.load(place)(["a red circle"]).shape == (1, length)
@@ -127,8 +105,8 @@ def test_texts_are_as_long_as_the_tokenizer_says(folder, tmp_path):
         ("added_tokens.json", '{"<word>": 7}', "'<word>' does not get its id, 7"),
     ],
 )
-def test_a_damaged_tokenizer_is_refused(folder, tmp_path, file, content, complaint):
-    place = shutil.copytree(folder, tmp_path / "t") if file else tmp_path
+def test_a_damaged_tokenizer_is_refused(tokenizer, tmp_path, file, content, complaint):
+    place = shutil.copytree(tokenizer, tmp_path / "t") if file else tmp_path
     if file:
         (place / file).write_text(content)
     message = refusal(Tokenizer.load, place)

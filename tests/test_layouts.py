@@ -2,7 +2,6 @@
 what is stored under our names for a single file, they must read back unchanged."""
 
 import copy
-import re
 
 import pytest
 import torch
@@ -27,22 +26,6 @@ def official_tensors(family, component):
     return build(network_class, config).state_dict()
 
 
-def named_as_single_file(family, component, tensors):
-    """A network's tensors under the names that layouts.py knows for them. What changes their form is written out here,
-    without its help."""
-    stored = {}
-    for key, (name, _) in layouts.sources(family, component, tensors).items():
-        tensor = tensors[key]
-        if "in_proj" in name:
-            tensor = torch.cat([tensors[re.sub("[qkv]_proj", f"{part}_proj", key)] for part in "qkv"])
-        elif component == "vae" and ".attentions." in key and tensor.dim() == 2:
-            tensor = tensor[:, :, None, None]
-        elif key == "text_projection.weight":
-            tensor = tensor.T
-        stored[name] = tensor.contiguous()
-    return stored
-
-
 def read_back(component, stored):
     """What the reference library makes of a single file's tensors: a network's, under the names of the folders."""
     if component == "unet":
@@ -63,37 +46,29 @@ def read_back(component, stored):
 @pytest.mark.parametrize("family, component", [(f, c) for f, parts in layouts.PREFIXES.items() for c in parts])
 def test_the_reference_library_reads_our_names_of_every_official_tensor(family, component):
     official = official_tensors(family, component)
-    returned = read_back(component, named_as_single_file(family, component, official))
+    returned = read_back(component, layouts.as_single_file(family, component, official))
     assert {key: t.shape for key, t in returned.items()} == {key: t.shape for key, t in official.items()}
-
-    # Many shapes are the same, so once more: each tensor is now one number, its own.
-    numbered = {key: torch.full([1] * t.dim(), float(i)) for i, (key, t) in enumerate(official.items())}
-    assert same(read_back(component, named_as_single_file(family, component, numbered)), numbered)
+    # Many shapes are the same, so once more with numbers, which also tell whether a matrix is transposed.
+    numbers = {key: torch.rand([2] * t.dim()) for key, t in official.items()}
+    assert same(read_back(component, layouts.as_single_file(family, component, numbers)), numbers)
 
 
 # ---- single files ----
 
 # what the published single files hold besides the networks, and what training or converting them may leave in them
-TEXT = "cond_stage_model."
+ABAR, TEXT = alphas_cumprod(layouts.SCHEDULER), "cond_stage_model.transformer."
 BESIDES = {
     "SD1.5": {
-        "alphas_cumprod": alphas_cumprod(layouts.SCHEDULER).half(),
-        "model_ema.decay": torch.tensor(0.9999),
+        "alphas_cumprod": ABAR.half(),
         "model_ema.diffusion_modelinput_blocks00weight": torch.ones(8, 4, 3, 3),
         "first_stage_model.loss.discriminator.main.0.weight": torch.ones(4, 3, 4, 4),
         "first_stage_model.model_ema.num_updates": torch.tensor(3),
-        TEXT + "transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
-        TEXT + "transformer.text_projection.weight": torch.eye(32),
-        TEXT + "transformer.vision_model.embeddings.class_embedding": torch.ones(8),
-        TEXT + "transformer.visual_projection.weight": torch.ones(8, 8),
-        TEXT + "logit_scale": torch.tensor(4.6),
+        TEXT + "text_model.embeddings.position_ids": torch.arange(77)[None],
+        TEXT + "text_projection.weight": torch.eye(32),
+        TEXT + "vision_model.embeddings.class_embedding": torch.ones(8),
+        TEXT + "visual_projection.weight": torch.ones(8, 8),
     },
-    "SDXL": {
-        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
-        "conditioner.embedders.0.logit_scale": torch.tensor(4.6),
-        BIG_G + "logit_scale": torch.tensor(4.6),
-        "denoiser.sigmas": ((1 - alphas_cumprod(layouts.SCHEDULER)) / alphas_cumprod(layouts.SCHEDULER)).sqrt(),
-    },
+    "SDXL": {BIG_G + "logit_scale": torch.tensor(4.6), "denoiser.sigmas": ((1 - ABAR) / ABAR).sqrt()},
 }
 
 
@@ -103,8 +78,8 @@ def family(request):
 
 
 @pytest.fixture(scope="module")
-def folder(family, request):
-    return request.getfixturevalue({"SD1.5": "sd15", "SDXL": "sdxl"}[family])
+def folder(family, sd15, sdxl):
+    return sd15 if family == "SD1.5" else sdxl
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +92,7 @@ def single(family, folder, tmp_path_factory):
         small[component] |= {name: sd.configs[component][name] for name in sizes}
     tensors = dict(BESIDES[family])
     for component, network in sd.networks.items():
-        tensors |= named_as_single_file(family, component, network.state_dict())
+        tensors |= layouts.as_single_file(family, component, network.state_dict())
     file = tmp_path_factory.mktemp("single") / "model.safetensors"
     save_file(tensors, file, {"format": "pt", "modelspec.prediction_type": "epsilon"})
     with pytest.MonkeyPatch.context() as patch:
@@ -129,43 +104,21 @@ def same_model(model, other):
     return all(same(n.state_dict(), other.networks[name].state_dict()) for name, n in model.networks.items())
 
 
-def spelling_of_text(name, tensor):
+def spelled_otherwise(name, tensor):
+    """As converters have written them: under other names, transposed, or in another shape."""
+    if "attn_1" in name:
+        for usual, other in (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0."):
+            name = name.replace(usual, other)
+        return name, tensor.flatten(1) if tensor.dim() == 4 else tensor
+    if name.endswith("text_projection"):
+        return f"{name}.weight", tensor.T.contiguous()
+    if "proj_in.weight" in name or "proj_out.weight" in name:
+        return name, tensor[:, :, None, None] if tensor.dim() == 2 else tensor.flatten(1)
     return name.replace(".transformer.text_model.", ".transformer."), tensor
 
 
-def spelling_of_vae(names, flat):
-    def spell(name, tensor):
-        for usual, other in zip((".q.", ".k.", ".v.", ".proj_out."), names):
-            if "attn_1" in name and usual in name:
-                return name.replace(usual, other), tensor.flatten(1) if flat and tensor.dim() == 4 else tensor
-        return name, tensor
-
-    return spell
-
-
-def spelling_of_projection(name, tensor):
-    return (f"{name}.weight", tensor.T.contiguous()) if name.endswith("text_projection") else (name, tensor)
-
-
-def shape_of_projections(name, tensor):
-    if "proj_in.weight" in name or "proj_out.weight" in name:
-        tensor = tensor[:, :, None, None] if tensor.dim() == 2 else tensor.flatten(1)
-    return name, tensor
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "spell",
-    [
-        lambda name, tensor: (name, tensor),
-        spelling_of_text,
-        spelling_of_vae((".to_q.", ".to_k.", ".to_v.", ".to_out.0."), flat=False),
-        spelling_of_vae((".to_q.", ".to_k.", ".to_v.", ".to_out.0."), flat=True),
-        spelling_of_projection,
-        shape_of_projections,
-    ],
-    ids=["published", "text", "vae", "flat vae", "projection", "shapes"],
-)
+@pytest.mark.parametrize("spell", [lambda *published: published, spelled_otherwise])
 def test_a_single_file_in_any_spelling_is_the_same_model_as_its_folder(single, folder, tmp_path, spell):
     sd, file = single
     save_file(dict(spell(*item) for item in load_file(file).items()), tmp_path / "m.safetensors")
