@@ -5,28 +5,19 @@ import pytest
 import torch
 
 from model import NETWORKS
-from support.layouts import OFFICIAL, sources_in_folder
+from support.layouts import OFFICIAL, PREFIXES, sources_in_folder
 from support.weights import build, read_config
 
 
-@pytest.mark.parametrize(
-    "family, part, tensors, parameters",
-    [
-        ("SD1.5", "unet", 686, 859_520_964),
-        ("SD1.5", "vae", 248, 83_653_863),
-        ("SD1.5", "text_encoder", 196, 123_060_480),
-        ("SDXL", "unet", 1680, 2_567_463_684),
-        ("SDXL", "text_encoder_2", 517, 694_659_840),
-    ],
-)
-def test_names_and_shapes_of_all_tensors_are_the_official_ones(family, part, tensors, parameters):
+@pytest.mark.slow
+@pytest.mark.parametrize("family, part", [(family, part) for family in OFFICIAL for part in PREFIXES[family]])
+def test_names_and_shapes_of_all_tensors_are_the_official_ones(family, part):
     settings = OFFICIAL[family][part]
     ours = build(NETWORKS[part][0], read_config(NETWORKS[part][1], settings, part)).state_dict()
     with torch.device("meta"):
         theirs = parity.empty_reference(settings).state_dict()
     sources = sources_in_folder(ours, theirs.keys())
     assert {sources[name][0]: w.shape for name, w in ours.items()} == {name: w.shape for name, w in theirs.items()}
-    assert (len(ours), sum(w.numel() for w in ours.values())) == (tensors, parameters)
 
 
 @pytest.mark.parametrize(
