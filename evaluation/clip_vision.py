@@ -32,7 +32,7 @@ class ClipVisionConfig:
     layer_norm_eps: float = 1e-5
     projection_dim: int = 512
 
-    ONLY: ClassVar[dict[str, object]] = {  # see support/checks.py
+    ONLY: ClassVar[dict[str, object]] = {  # see ClipTextConfig
         "hidden_act": ("quick_gelu", "gelu"),
         "attention_dropout": 0.0, "dropout": 0.0, "model_type": "clip_vision_model", "num_channels": 3,
         "initializer_factor": ..., "initializer_range": ..., "torch_dtype": ..., "dtype": ...,
