@@ -10,7 +10,6 @@ Shapes: B batch, L = 77 tokens, D width. This is the first file to read; `unet.p
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import tokenizers
 import torch
@@ -81,15 +80,6 @@ class ClipTextConfig:
     eos_token_id: int = 49407
     projection_dim: int = 768
     architectures: tuple[str, ...] = ("CLIPTextModel",)  # CLIPTextModelWithProjection: with `text_projection`
-
-    # What a config may say, beside the fields above and null: other values would need code that is not here. `...`
-    # stands for any value, of a setting that changes nothing in the network.
-    ONLY: ClassVar[dict[str, object]] = {
-        "hidden_act": ("quick_gelu", "gelu"),
-        "attention_dropout": 0.0, "dropout": 0.0, "model_type": "clip_text_model", "bos_token_id": ...,
-        "pad_token_id": ..., "initializer_factor": ..., "initializer_range": ..., "torch_dtype": ..., "dtype": ...,
-        "transformers_version": ...,
-    }  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:

@@ -75,12 +75,8 @@ class StableDiffusion:
 
     @property
     def guidance(self) -> float:
-        """The default guidance scale: 4, as the paper's; 1 for a flow that learned guided trajectories."""
-        return self.guidance_or_none(4.0)
-
-    def guidance_or_none(self, scale: float) -> float:
-        """`scale`; or 1, which is no guidance, for a flow that learned guided trajectories (`paper/variants.py`)."""
-        return 1.0 if "trained_guidance" in self.configs["scheduler"] else scale
+        """The default scale: 4, as the paper's; none (1) for a flow of guided trajectories (`paper/variants.py`)."""
+        return 1.0 if "trained_guidance" in self.configs["scheduler"] else 4.0
 
     @property
     def downscale(self) -> int:
@@ -96,9 +92,8 @@ class StableDiffusion:
         """
         if isinstance(prompts, str):
             raise TypeError("prompts is a list of strings, not one string")
-        encoded = [
-            encoder(self.send(tokenize(prompts))) for encoder, tokenize in zip(self.text_encoders, self.tokenizers)
-        ]
+        pairs = zip(self.text_encoders, self.tokenizers)
+        encoded = [encoder(self.send(tokenize(prompts))) for encoder, tokenize in pairs]
         if len(encoded) == 1:
             return encoded[0][0], None
         context = torch.cat([penultimate for _, penultimate, _ in encoded], dim=-1)
@@ -190,8 +185,7 @@ class StableDiffusion:
 
     @staticmethod
     def few_at_a_time(batch: Tensor, downscale: int = 1) -> tuple[Tensor, ...]:
-        """Parts of a batch with the pixels of one image of 512 x 512 each, or one larger image: of all networks, the
-        VAE takes the most memory."""
+        """Parts of a batch: 512 x 512 pixels, or one larger image. Of all networks, the VAE takes the most memory."""
         return batch.split(max(1, 512**2 // (batch.shape[2] * batch.shape[3] * downscale**2)))
 
     def image_size(self, size: int | None = None) -> int:
@@ -273,8 +267,7 @@ def save_flow(unet: UNet, scheduler: dict, base: StableDiffusion | Path, out: Pa
     """Write a flow as a complete model folder: this UNet and scheduler, and all other parts of `base`.
 
     A loaded base is written from memory: its folder may be gone by now. The parts are copies, so nothing done to the
-    base's files changes the flow later. On disk, a flow takes 2.5 GB for SD1.5 and 8.7 GB for SDXL, of which the
-    copied parts in float32 are 0.8 GB and 3.6 GB.
+    base's files changes the flow later. On disk, a flow takes 2.5 GB for SD1.5 and 8.7 GB for SDXL.
     """
     base = base if isinstance(base, StableDiffusion) else StableDiffusion.load(base, dtype=None)
     half = build(UNet, unet.cfg)

@@ -221,7 +221,7 @@ def draw_sheet(teacher: StableDiffusion, ema: UNet, args: argparse.Namespace, fi
     """The same images every time, by the student as it is now, in one step per window or four steps."""
     prompts, size = read_prompts(PROMPTS)[:16], teacher.image_size()
     latent = teacher.unet.cfg.in_channels, size // teacher.downscale, size // teacher.downscale
-    uncond, guidance_scale, images = teacher.conditions([""], size, size), teacher.guidance_or_none(4.0), []
+    uncond, guidance_scale, images = teacher.conditions([""], size, size), teacher.guidance, []
     with torch.autocast(teacher.device.type, torch.bfloat16, enabled=teacher.device.type != "cpu"):
         for i in range(0, len(prompts), 4):
             conditions = teacher.conditions(prompts[i : i + 4], size, size)

@@ -10,7 +10,6 @@ Read `clip_text.py` before this file, `vae.py` after it; the forward pass at the
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,7 @@ from torch import Tensor, nn
 @dataclass
 class UNetConfig:
     """The fields of `unet/config.json` that we read; the defaults are those a config file may leave out.
-
-    Where a field is a list, it has one entry per resolution, finest first.
-    """
+    Where a field is a list, it has one entry per resolution, finest first."""
 
     block_out_channels: list[int]
     down_block_types: list[str]
@@ -41,27 +38,14 @@ class UNetConfig:
     projection_class_embeddings_input_dim: int | None = None
     sample_size: int | list[int] = 64  # default H and W of the latents; the network itself takes any size
 
-    # What a config may say, beside the fields above and null: other values would need code that is not here.
-    ONLY: ClassVar[dict[str, object]] = {
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "addition_embed_type": ("text_time",),
-        "act_fn": "silu", "attention_type": "default", "center_input_sample": False, "class_embeddings_concat": False,
-        "conv_in_kernel": 3, "conv_out_kernel": 3, "downsample_padding": 1, "dropout": 0.0,
-        "dual_cross_attention": False, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1,
-        "mid_block_type": "UNetMidBlock2DCrossAttn", "only_cross_attention": False, "resnet_out_scale_factor": 1.0,
-        "resnet_skip_time_act": False, "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
-        "upcast_attention": False, "addition_embed_type_num_heads": 64, "decay": ..., "min_decay": ...,
-        "inv_gamma": ..., "power": ..., "optimization_step": ..., "update_after_step": ..., "use_ema_warmup": ...,
-    }  # fmt: skip
-
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
-        for name in "attention_head_dim", "transformer_layers_per_block":
-            if isinstance(getattr(self, name), int):
-                setattr(self, name, [getattr(self, name)] * levels)
         for name in "attention_head_dim", "transformer_layers_per_block", "down_block_types", "up_block_types":
-            if len(getattr(self, name)) != levels:
-                raise ValueError(f"{name} has {len(getattr(self, name))} entries, block_out_channels has {levels}")
+            value = getattr(self, name)
+            if isinstance(value, int):
+                setattr(self, name, [value] * levels)
+            elif len(value) != levels:
+                raise ValueError(f"{name} has {len(value)} entries, block_out_channels has {levels}")
         for width, heads in zip(self.block_out_channels, self.attention_head_dim):
             if width % heads:
                 raise ValueError(f"block_out_channels: {width} cannot be divided among {heads} heads")
@@ -96,8 +80,7 @@ class Embedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut; the timestep's vector is added between them. Also the VAE's block,
-    which has no timestep (`emb_width` 0)."""
+    """Two 3x3 convolutions around a shortcut, a timestep's vector added between them (none in the VAE: width 0)."""
 
     def __init__(self, in_channels: int, out_channels: int, emb_width: int, groups: int, eps: float):
         super().__init__()
@@ -128,11 +111,9 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width or width, width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, L, width) -> (B, heads, L, width / heads)
-
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
+        projected = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected)  # (B, heads, L, width / heads)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
@@ -186,9 +167,8 @@ class Transformer(nn.Module):
         self.norm = nn.GroupNorm(cfg.norm_num_groups, width, eps=1e-6)
         projection = nn.Linear if cfg.use_linear_projection else lambda i, o: nn.Conv2d(i, o, 1)
         self.proj_in = projection(width, width)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(width, heads, cfg.cross_attention_dim) for _ in range(depth)
-        )
+        blocks = (TransformerBlock(width, heads, cfg.cross_attention_dim) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = projection(width, width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -233,8 +213,7 @@ class DownBlock(nn.Module):
         self.resnets = nn.ModuleList(resnet(cfg, i, channels) for i in inputs)
         attends = cfg.down_block_types[level] == "CrossAttnDownBlock2D"
         self.attentions = nn.ModuleList(Transformer(cfg, level) for _ in inputs if attends)
-        last = level == len(cfg.block_out_channels) - 1
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(channels)])
+        self.downsamplers = nn.ModuleList([] if level == len(cfg.block_out_channels) - 1 else [Downsample(channels)])
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
         for i, block in enumerate(self.resnets):
@@ -308,16 +287,6 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, channels[0], cfg.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], cfg.out_channels, 3, padding=1)
 
-    def embed_conditions(self, t: Tensor, pooled: Tensor | None, time_ids: Tensor | None) -> Tensor:
-        """Timestep (B,) and, for SDXL, pooled text (B, 1280) and image sizes (B, 6) -> one vector (B, 4 C)."""
-        emb = self.time_embedding(sinusoids(t, self.cfg.block_out_channels[0]))
-        if self.cfg.addition_embed_type:
-            if pooled is None or time_ids is None:
-                raise ValueError("this UNet (addition_embed_type 'text_time') also needs pooled and time_ids")
-            sizes = sinusoids(time_ids.flatten(), self.cfg.addition_time_embed_dim).view(len(t), -1)
-            emb = emb + self.add_embedding(torch.cat([pooled, sizes.to(pooled.dtype)], dim=-1))
-        return emb
-
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, time_ids: Tensor | None = None
     ) -> Tensor:
@@ -326,7 +295,13 @@ class UNet(nn.Module):
         context: the text (B, L, D). SDXL only: pooled text (B, 1280) and time_ids (B, 6) = original height, width, crop
         top, left, target height, width, in pixels.
         """
-        emb = silu(self.embed_conditions(t, pooled, time_ids))  # once for all residual blocks
+        emb = self.time_embedding(sinusoids(t, self.cfg.block_out_channels[0]))  # (B, 4 C)
+        if self.cfg.addition_embed_type:
+            if pooled is None or time_ids is None:
+                raise ValueError("this UNet (addition_embed_type 'text_time') also needs pooled and time_ids")
+            sizes = sinusoids(time_ids.flatten(), self.cfg.addition_time_embed_dim).view(len(t), -1)
+            emb = emb + self.add_embedding(torch.cat([pooled, sizes.to(pooled.dtype)], dim=-1))
+        emb = silu(emb)  # once for all residual blocks
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:

@@ -7,8 +7,7 @@ Shapes: B batch, 3 colors, C channels, H W height and width of the image, h w = 
 Attribute names equal the keys of the official weights. Read `unet.py` before this file, `model.py` after it.
 """
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +21,6 @@ class VAEConfig:
     """The fields of `vae/config.json` that we read; the defaults are those a config file may leave out."""
 
     block_out_channels: list[int]  # one entry per resolution, finest first
-    down_block_types: list[str] = field(default_factory=list)
-    up_block_types: list[str] = field(default_factory=list)
     layers_per_block: int = 2
     in_channels: int = 3
     out_channels: int = 3
@@ -32,12 +29,6 @@ class VAEConfig:
     scaling_factor: float = 0.18215  # brings the latents to about unit variance before diffusion
     force_upcast: bool = True  # its activations overflow float16: keep this network in float32
     sample_size: int | list[int] = 512
-
-    # What a config may say, beside the fields above and null: other values would need code that is not here.
-    ONLY: ClassVar[dict[str, object]] = {
-        "down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",),
-        "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
-    }  # fmt: skip
 
 
 def resnet(cfg: VAEConfig, in_channels: int, out_channels: int) -> ResnetBlock:
@@ -170,11 +161,7 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(in_memory_order(latents)))
 
 
-def memory_order(device: torch.device) -> torch.memory_format:
+def in_memory_order(x: Tensor) -> Tensor:
     """On a CPU, the channels of a pixel side by side in memory: all layers then keep that order, in which its
     convolutions are faster by a tenth (512 pixels) to two fifths (the miniature)."""
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
-
-
-def in_memory_order(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=memory_order(x.device))
+    return x.contiguous(memory_format=torch.channels_last if x.device.type == "cpu" else torch.contiguous_format)

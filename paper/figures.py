@@ -278,7 +278,7 @@ def side(args: argparse.Namespace) -> None:
     prompts, images, captions = read_prompts(args.prompts)[:8], [], []
     for spec in args.models:
         name, sd, steps, sampler = load(spec, args.device)
-        scale = sd.guidance_or_none(args.guidance[0])
+        scale = 1.0 if sd.guidance == 1 else args.guidance[0]
         images += list(sample.generate(sd, prompts, steps, scale, seed=0, sampler=sampler))
         captions += [f"{NAMES.get(name, name)}, {sampler}, {steps} steps"] + [""] * (len(prompts) - 1)
     write_png(image_grid(images, captions, len(prompts)), args.out / "side.png")

@@ -12,23 +12,42 @@ from torch import Tensor, nn
 
 from support.errors import InputError
 
+# What a network's config.json may say beside the fields that we read and null: other values would need code that is not
+# here. `...` stands for any value, of a setting that changes nothing in the network.
+ONLY = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownEncoderBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpDecoderBlock2D"), "addition_embed_type": ("text_time",),
+    "act_fn": "silu", "attention_type": "default", "center_input_sample": False, "class_embeddings_concat": False,
+    "conv_in_kernel": 3, "conv_out_kernel": 3, "downsample_padding": 1, "dropout": 0.0, "attention_dropout": 0.0,
+    "dual_cross_attention": False, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "only_cross_attention": False, "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False, "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
+    "upcast_attention": False, "addition_embed_type_num_heads": 64, "mid_block_add_attention": True,
+    "use_quant_conv": True, "use_post_quant_conv": True, "hidden_act": ("quick_gelu", "gelu"),
+    "model_type": "clip_text_model", "decay": ..., "min_decay": ..., "inv_gamma": ..., "power": ...,
+    "optimization_step": ..., "update_after_step": ..., "use_ema_warmup": ..., "bos_token_id": ...,
+    "pad_token_id": ..., "initializer_factor": ..., "initializer_range": ..., "torch_dtype": ..., "dtype": ...,
+    "transformers_version": ...,
+}  # fmt: skip
+
 # Scheduler classes that sample epsilon diffusion models. Which of them a folder names makes no difference here.
 SAMPLERS = """DDIM DDIMParallel DDPM DDPMParallel PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete
     KDPM2Discrete KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep
     UniPCMultistep SASolver"""
 SAMPLERS = [f"{name}Scheduler" for name in SAMPLERS.split()]
 
-# Scheduler setting: (what it must be, what the libraries take where it is left out)
+# Scheduler setting: (what it may be, what the libraries take where it is left out)
 SCHEDULE = {
-    "beta_schedule": ("scaled_linear", "linear"), "beta_start": (0.00085, 0.0001), "beta_end": (0.012, 0.02),
-    "num_train_timesteps": (1000, 1000), "prediction_type": ("epsilon", "epsilon"), "trained_betas": (None, None),
-    "rescale_betas_zero_snr": (False, False), "use_flow_sigmas": (False, False), "timestep_type": ("discrete",) * 2,
+    "beta_schedule": (["scaled_linear"], "linear"), "beta_start": ([0.00085], 0.0001), "beta_end": ([0.012], 0.02),
+    "num_train_timesteps": ([1000], 1000), "prediction_type": (["epsilon"], "epsilon"), "trained_betas": ([None], None),
+    "rescale_betas_zero_snr": ([False], False), "use_flow_sigmas": ([False], False),
+    "timestep_type": (["discrete"], "discrete"),
 }  # fmt: skip
 PERFLOW_SCHEDULE = {  # its own defaults are Stable Diffusion's, and it takes any betas
-    "beta_schedule": ("scaled_linear", "scaled_linear"), "num_train_timesteps": (1000, 1000),
-    "trained_betas": (None, None), "t_noise": (1, 1), "t_clean": (0, 0),
+    "beta_schedule": (["scaled_linear"], "scaled_linear"), "num_train_timesteps": ([1000], 1000),
+    "trained_betas": ([None], None), "t_noise": ([1], 1), "t_clean": ([0], 0),
+    "prediction_type": (["ddim_eps", "diff_eps"], "ddim_eps"),
 }  # fmt: skip
-PREDICTION_TYPES = ("ddim_eps", "diff_eps")  # PeRFlow's
 
 # Beginnings of tensor names in single files of other models
 OTHERS = {
@@ -58,14 +77,10 @@ def check_scheduler(scheduler: dict, where: str | Path) -> None:
         raise InputError(f"{where}: the scheduler {name} is not supported: it is for another kind of model")
     for name, (wanted, left_out) in (PERFLOW_SCHEDULE if is_perflow(scheduler) else SCHEDULE).items():
         value = scheduler.get(name, left_out)
-        if value != wanted and not (value is None and left_out is False):
+        if value not in wanted and not (value is None and left_out is False):
             said = "left out, which means " if name not in scheduler else ""
-            raise InputError(f"{where}: scheduler {name} = {said}{value!r} is not supported, only {wanted!r}")
-    if is_perflow(scheduler) and scheduler.get("prediction_type", "ddim_eps") not in PREDICTION_TYPES:
-        only = " and ".join(map(repr, PREDICTION_TYPES))
-        raise InputError(
-            f"{where}: scheduler prediction_type = {scheduler['prediction_type']!r} is not supported, only {only}"
-        )
+            only = " and ".join(map(repr, wanted))
+            raise InputError(f"{where}: scheduler {name} = {said}{value!r} is not supported, only {only}")
     for name in "beta_start", "beta_end", "trained_guidance":
         value, most = scheduler.get(name, 0.01), 1 if name.startswith("beta") else 100
         if type(value) not in (int, float) or not 0 < value < most:

@@ -49,25 +49,20 @@ def replaced(path: Path) -> Iterator[Path]:
         remove(aside)  # of a process that was killed
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
-        replace_folder(aside, path)
+        for part in [aside, *aside.rglob("*")]:
+            sync(part)
+        if path.is_dir() and aside.is_dir():  # a rename replaces a file, but not a folder that holds something
+            old = Path(tempfile.mkdtemp(prefix=f"{path.name}.old-", dir=path.parent))
+            path.rename(old / path.name)
+            aside.rename(path)
+            remove(old)
+        else:
+            aside.replace(path)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {error}; make room, or choose another place") from None
     finally:
         remove(aside)
-
-
-def replace_folder(aside: Path, path: Path) -> None:
-    """Move a finished file or folder to `path`, where an older one may be, as soon as all of it is on disk."""
-    for part in [aside, *aside.rglob("*")]:
-        sync(part)
-    if path.is_dir() and aside.is_dir():  # a rename replaces a file, but not a folder that holds something
-        old = Path(tempfile.mkdtemp(prefix=f"{path.name}.old-", dir=path.parent))
-        path.rename(old / path.name)
-        aside.rename(path)
-        remove(old)
-    else:
-        aside.replace(path)
-    sync(path.parent)
 
 
 def sync(path: Path) -> None:
@@ -128,14 +123,12 @@ def fingerprint(*weights: Tensor) -> str:
 
 
 def version_of(*paths: Path) -> str:
-    """Changes whenever a file of the model does: hashes names, sizes and times, and the content of small files. Reading
-    gigabytes of weights at every start would take longer than drawing."""
+    """Changes whenever a file of the model does: hashes names, sizes and times, and the content of small files, since
+    reading gigabytes of weights at every start would take longer than drawing."""
     digest = hashlib.sha256()
     for path in paths:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                about = file.stat()
-                small = about.st_size < 2**20
-                told = file.read_bytes() if small else str(about.st_mtime_ns).encode()
-                digest.update(f"{file.name} {about.st_size} ".encode() + told)
+        for file in filter(Path.is_file, sorted(path.rglob("*")) if path.is_dir() else [path]):
+            about = file.stat()
+            told = file.read_bytes() if about.st_size < 2**20 else str(about.st_mtime_ns).encode()
+            digest.update(f"{file.name} {about.st_size} ".encode() + told)
     return digest.hexdigest()[:12]

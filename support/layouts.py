@@ -63,18 +63,11 @@ def sources_in_folder(keys: Iterable[str], stored: set[str]) -> dict[str, Source
 
 # ---- Single files: the layout of the original training code ---------------------------------------------------------
 
+BOTH = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+CLIP, OPENCLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 PREFIXES = {
-    "SD1.5": {
-        "unet": "model.diffusion_model.",
-        "vae": "first_stage_model.",
-        "text_encoder": "cond_stage_model.transformer.",
-    },
-    "SDXL": {
-        "unet": "model.diffusion_model.",
-        "vae": "first_stage_model.",
-        "text_encoder": "conditioner.embedders.0.transformer.",
-        "text_encoder_2": "conditioner.embedders.1.model.",
-    },
+    "SD1.5": BOTH | {"text_encoder": "cond_stage_model.transformer."},
+    "SDXL": BOTH | {"text_encoder": CLIP, "text_encoder_2": OPENCLIP},
 }
 
 # Rules (our name, its name): the first that matches the beginning of a key replaces it; numbers are kept as integers.
@@ -105,12 +98,9 @@ VAE_PLACES = [
     (r"encoder\.down_blocks\.(\d)\.downsamplers\.0", lambda level: f"encoder.down.{level}.downsample"),
     (r"decoder\.up_blocks\.(\d)\.resnets\.(\d)", lambda level, n: f"decoder.up.{3 - level}.block.{n}"),
     (r"decoder\.up_blocks\.(\d)\.upsamplers\.0", lambda level: f"decoder.up.{3 - level}.upsample"),
-    (r"encoder\.mid_block\.resnets\.(\d)", lambda n: f"encoder.mid.block_{n + 1}"),
-    (r"decoder\.mid_block\.resnets\.(\d)", lambda n: f"decoder.mid.block_{n + 1}"),
-    (r"encoder\.mid_block\.attentions\.0", lambda: "encoder.mid.attn_1"),
-    (r"decoder\.mid_block\.attentions\.0", lambda: "decoder.mid.attn_1"),
-    (r"encoder\.conv_norm_out", lambda: "encoder.norm_out"),
-    (r"decoder\.conv_norm_out", lambda: "decoder.norm_out"),
+    (r"(encoder|decoder)\.mid_block\.resnets\.(\d)", lambda part, n: f"{part}.mid.block_{n + 1}"),
+    (r"(encoder|decoder)\.mid_block\.attentions\.0", lambda part: f"{part}.mid.attn_1"),
+    (r"(encoder|decoder)\.conv_norm_out", lambda part: f"{part}.norm_out"),
 ]
 VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
@@ -133,7 +123,7 @@ def rename(key: str, places: list, inside: dict[str, str]) -> str:
             rest = key[match.end() :]
             for ours, theirs in inside.items():
                 rest = re.sub(rf"^\.{re.escape(ours)}\.", f".{theirs}.", rest)
-            return place(*map(int, match.groups())) + rest
+            return place(*(int(part) if part.isdigit() else part for part in match.groups())) + rest
     return key
 
 
@@ -157,45 +147,29 @@ def openclip_source(key: str) -> Source:
     return name, transposed if key.startswith("text_projection") else as_stored
 
 
-def sources_in_single_file(
-    family: str, component: str, keys: Iterable[str], stored: set[str] = frozenset()
-) -> dict[str, Source]:
-    """For each of our keys of a component, its source in a single file of `family` ("SD1.5" or "SDXL").
-
-    stored: the names of the file's tensors, where they may be spelled otherwise than in the official one.
-    """
+def sources(family: str | None, part: str, keys: Iterable[str], stored: set[str] = frozenset()) -> dict[str, Source]:
+    """For each key of a part, its source in a single file of `family` ("SD1.5" or "SDXL"), or in a folder where that is
+    None. stored: the names in the files, where they may be spelled otherwise than in the official ones."""
+    if family is None:
+        return sources_in_folder(keys, stored)
     source = {
         "unet": lambda key: unet_source(key, keys), "vae": vae_source, "text_encoder_2": openclip_source,
         "text_encoder": lambda key: (key, as_stored),
-    }[component]  # fmt: skip
-    found = {}
-    for key in keys:
-        name, view = source(key)
-        found[key] = spelled((PREFIXES[family][component] + name, view), stored)
-    return found
-
-
-def sources(family: str | None, component: str, keys: Iterable[str], stored: set[str]) -> dict[str, Source]:
-    """For each of our keys, its source in a single file of `family`, or in a folder where that is None."""
-    if family is None:
-        return sources_in_folder(keys, stored)
-    return sources_in_single_file(family, component, keys, stored)
+    }[part]  # fmt: skip
+    found = {key: source(key) for key in keys}
+    return {key: spelled((PREFIXES[family][part] + name, view), stored) for key, (name, view) in found.items()}
 
 
 def as_single_file(family: str, component: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The way back: a component's tensors under their names in a single file, and in the form that they have there."""
-    stored: dict[str, list[tuple[str, Tensor]]] = {}
-    for key, (name, view) in sources_in_single_file(family, component, tensors).items():
+    stored: dict[str, list[Tensor]] = {}
+    for key, (name, view) in sources(family, component, tensors).items():
         tensor = transposed(tensors[key]) if view is transposed else tensors[key]
         if ".attn_1." in name and tensor.dim() == 2:
             tensor = tensor[:, :, None, None]  # the VAE's projections are 1x1 convolutions there
-        stored.setdefault(name, []).append((key, tensor))
-
-    def place(part: tuple[str, Tensor]) -> int:  # queries, keys and values are one matrix, in this order
-        match = re.search(r"\.([qkv])_proj\.", part[0])
-        return "qkv".index(match[1]) if match else 0
-
-    return {name: torch.cat([tensor for _, tensor in sorted(parts, key=place)]) for name, parts in stored.items()}
+        stored.setdefault(name, []).append(tensor)
+    # Queries, keys and values of the second text encoder are one matrix, in the order of its attributes.
+    return {name: torch.cat(parts) for name, parts in stored.items()}
 
 
 def single_file(

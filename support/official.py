@@ -9,30 +9,27 @@ VAE_SD15 = {
     "up_block_types": ["UpDecoderBlock2D"] * 4, "force_upcast": False,
 }  # fmt: skip
 CLIP_L = {
-    "architectures": ["CLIPTextModel"], "attention_dropout": 0.0, "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2,
-    "hidden_act": "quick_gelu", "hidden_size": 768, "initializer_factor": 1.0, "initializer_range": 0.02,
-    "intermediate_size": 3072, "layer_norm_eps": 1e-05, "max_position_embeddings": 77, "model_type": "clip_text_model",
-    "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 1, "projection_dim": 768, "vocab_size": 49408,
+    "architectures": ["CLIPTextModel"], "bos_token_id": 0, "eos_token_id": 2, "hidden_act": "quick_gelu",
+    "hidden_size": 768, "intermediate_size": 3072, "layer_norm_eps": 1e-05, "max_position_embeddings": 77,
+    "model_type": "clip_text_model", "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 1,
+    "projection_dim": 768, "vocab_size": 49408,
 }  # fmt: skip
 SCHEDULER = {
     "_class_name": "DDIMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
     "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": "epsilon", "set_alpha_to_one": False,
     "steps_offset": 1, "timestep_spacing": "leading",
 }  # fmt: skip
-NOTHING = [None, None]
-SD15_INDEX = {
-    "_class_name": "StableDiffusionPipeline", "feature_extractor": NOTHING, "image_encoder": NOTHING,
-    "requires_safety_checker": False, "safety_checker": NOTHING, "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+PIPELINE = {
+    "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
 }  # fmt: skip
 SD15 = {
-    "model_index": SD15_INDEX,
+    "model_index": PIPELINE | {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False},
     "unet": {
         "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": 8,
-        "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False, "cross_attention_dim": 768,
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "downsample_padding": 1,
-        "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1,
+        "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "in_channels": 4, "layers_per_block": 2,
         "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
         "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
     },
@@ -41,16 +38,15 @@ SD15 = {
     "scheduler": SCHEDULER,
 }  # fmt: skip
 SDXL = {
-    "model_index": SD15_INDEX | {
+    "model_index": PIPELINE | {
         "_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True,
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer_2": ["transformers", "CLIPTokenizer"],
     },
-    "unet": {
-        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256, "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280],
-        "cross_attention_dim": 2048, "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
-        "in_channels": 4, "layers_per_block": 2, "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4,
+    "unet": SD15["unet"] | {
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "attention_head_dim": [5, 10, 20],
+        "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048,
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
         "projection_class_embeddings_input_dim": 2816, "sample_size": 128, "transformer_layers_per_block": [1, 2, 10],
         "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"], "use_linear_projection": True,
     },
@@ -62,8 +58,6 @@ SDXL = {
     },
     "scheduler": SCHEDULER,
 }  # fmt: skip
-for removed in "requires_safety_checker", "safety_checker":
-    del SDXL["model_index"][removed]  # the SDXL pipeline has none
 OFFICIAL = {"SD1.5": SD15, "SDXL": SDXL}
 
 

@@ -17,7 +17,6 @@ FILES = (
     "added_tokens.json",
 )  # fmt: skip
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
-ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def clip_bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
@@ -75,7 +74,7 @@ def add_tokens(bpe: tokenizers.Tokenizer, special: dict, added: dict[str, int]) 
     libraries. A token that is `normalized` is found in any spelling, such as <|EndOfText|>.
     """
     tokens = {name: AddedToken(name, normalized=True) for name in sorted(added, key=added.get)}
-    for token in [BEGIN, END, *(special.get(role) for role in ROLES)]:
+    for token in [BEGIN, END, *(special.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad"))]:
         if token:
             token = token if isinstance(token, dict) else {"content": token}
             tokens[token["content"]] = as_added(token | {"special": True})

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from support.checks import ONLY
 from support.errors import InputError
 from support.files import listed
 
@@ -35,15 +36,16 @@ def read_config(config_class: type, settings: dict, where: str):
 
     null means "not used" in these files, and names that begin with "_" say who wrote it.
     """
+    known = getattr(config_class, "ONLY", ONLY)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for name, value in settings.items():
         if value is None or name.startswith("_"):
             continue
-        if name not in fields and name not in config_class.ONLY:
+        if name not in fields and name not in known:
             raise InputError(f"{where}: {name} = {value!r} is not supported: we do not know this setting")
         if name in fields and not fits(value, fields[name].type):
             raise InputError(f"{where}: {name} = {value!r} is not of the kind that this setting has")
-        allowed = config_class.ONLY.get(name, ...)
+        allowed = known.get(name, ...)
         if allowed is not ... and not all(part in as_tuple(allowed) for part in as_tuple(value)):
             only = " and ".join(map(repr, as_tuple(allowed)))
             raise InputError(f"{where}: {name} = {value!r} is not supported, only {only}")

@@ -3,22 +3,22 @@
 import os
 import shutil
 
+import helpers
 import pytest
+import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before `helpers` imports the reference libraries, which takes seconds
+from support.inception import Inception
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the reference libraries are imported, where they are used
 
 
 @pytest.fixture(scope="session")
 def sd15_pipeline(tmp_path_factory):
-    import helpers
-
     return helpers.sd15_pipeline(tmp_path_factory.mktemp("tokenizers"))
 
 
 @pytest.fixture(scope="session")
 def sdxl_pipeline(tmp_path_factory):
-    import helpers
-
     return helpers.sdxl_pipeline(tmp_path_factory.mktemp("tokenizers"))
 
 
@@ -48,8 +48,6 @@ def sdxl_copy(sdxl, tmp_path):
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
-    import helpers
-
     return helpers.write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "clip")
 
 
@@ -57,12 +55,7 @@ def tokenizer(tmp_path_factory):
 def inception():
     """The FID network with random weights; their scale is such that every layer's output varies about as much as its
     input."""
-    import torch
-    from helpers import randomize
-
-    from support.inception import Inception
-
-    network = randomize(Inception(), 0)
+    network = helpers.randomize(Inception(), 0)
     generator = torch.Generator().manual_seed(1)
     for name, buffer in network.named_buffers():
         if name.endswith("running_mean"):
@@ -75,8 +68,6 @@ def inception():
 @pytest.fixture(scope="session")
 def inception_file(inception, tmp_path_factory):
     """That network's file as its publisher makes it: a plain state dict."""
-    import torch
-
     file = tmp_path_factory.mktemp("fid") / "inception.pth"
     torch.save(inception.state_dict(), file)
     return file

@@ -10,20 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from model import StableDiffusion
+from support import layouts
 from support.errors import InputError
 from support.weights import build
 
@@ -111,52 +104,49 @@ TEXT = {
     "pad_token_id": VOCABULARY - 1,
 }  # fmt: skip
 TEXT_2 = TEXT | {"hidden_size": 48, "intermediate_size": 192, "projection_dim": 48, "hidden_act": "gelu"}
-UNET = {
-    "block_out_channels": (8, 16, 32, 32), "norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 32,
+UNET = layouts.SD15["unet"] | {
+    "block_out_channels": [8, 16, 32, 32], "norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 32,
     "sample_size": 8,
 }  # fmt: skip
-UNET_XL = {
-    "block_out_channels": (8, 16, 32), "norm_num_groups": 4, "attention_head_dim": (1, 2, 4),
-    "cross_attention_dim": 80, "sample_size": 8, "transformer_layers_per_block": (1, 1, 2),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 96,
+UNET_XL = layouts.SDXL["unet"] | {
+    "block_out_channels": [8, 16, 32], "norm_num_groups": 4, "attention_head_dim": [1, 2, 4], "cross_attention_dim": 80,
+    "sample_size": 8, "transformer_layers_per_block": [1, 1, 2], "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 96,
 }  # fmt: skip
-VAE = {
-    "block_out_channels": (8, 16, 32, 32), "norm_num_groups": 4, "layers_per_block": 2, "latent_channels": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "force_upcast": False,
-}  # fmt: skip
+SMALL_VAE = {"block_out_channels": [8, 16, 32, 32], "norm_num_groups": 4}
+VAE, VAE_XL = (family["vae"] | SMALL_VAE for family in (layouts.SD15, layouts.SDXL))
 
 
-def scheduler():
-    return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False,
-        clip_sample=False,
-    )  # fmt: skip
-
-
+# The reference libraries take seconds to import, so only who needs them does.
 def sd15_pipeline(folder):
     """SD1.5 in small: four resolutions, three of them with cross-attention, one text encoder."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
     return StableDiffusionPipeline(
-        unet=randomize(UNet2DConditionModel(**UNET), 1),
-        vae=randomize(AutoencoderKL(**VAE), 2),
+        unet=randomize(UNet2DConditionModel.from_config(UNET), 1),
+        vae=randomize(AutoencoderKL.from_config(VAE), 2),
         text_encoder=randomize(CLIPTextModel(CLIPTextConfig(**TEXT)), 3),
         tokenizer=CLIPTokenizer.from_pretrained(write_tokenizer(folder)),
-        scheduler=scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        scheduler=DDIMScheduler.from_config(layouts.SCHEDULER),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
 def sdxl_pipeline(folder):
     """SDXL in small: deeper transformers with linear projections, two text encoders, image sizes as a condition."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
     return StableDiffusionXLPipeline(
-        unet=randomize(UNet2DConditionModel(**UNET_XL), 4),
-        vae=randomize(AutoencoderKL(**VAE | {"force_upcast": True, "scaling_factor": 0.13025}), 5),
+        unet=randomize(UNet2DConditionModel.from_config(UNET_XL), 4),
+        vae=randomize(AutoencoderKL.from_config(VAE_XL), 5),
         text_encoder=randomize(CLIPTextModel(CLIPTextConfig(**TEXT)), 6),
         text_encoder_2=randomize(CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2)), 7),
         tokenizer=CLIPTokenizer.from_pretrained(write_tokenizer(folder / "1")),
         tokenizer_2=CLIPTokenizer.from_pretrained(write_tokenizer(folder / "2", pad_token="!")),
-        scheduler=scheduler(), force_zeros_for_empty_prompt=True, add_watermarker=False,
+        scheduler=DDIMScheduler.from_config(layouts.SCHEDULER),
+        force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
 
 

@@ -5,15 +5,13 @@ import copy
 import torch
 from helpers import UNET
 
+from support.weights import read_config
 from tools.memory import activations, fixed
 from unet import UNet, UNetConfig
 
 
 def small() -> UNet:
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in UNET.items()}
-    blocks = {"down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]}
-    blocks |= {"up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}
-    return UNet(UNetConfig(**settings | blocks))
+    return UNet(read_config(UNetConfig, UNET, "unet"))
 
 
 def held(tensors) -> int:

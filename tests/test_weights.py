@@ -1,6 +1,5 @@
 """weights.py: whichever official form the files have, the same tensors arrive; anything else is refused by name."""
 
-import shutil
 import subprocess
 import sys
 
@@ -19,11 +18,7 @@ from unet import UNet, UNetConfig
 
 load = StableDiffusion.load
 STEM = "diffusion_pytorch_model"
-UNET_FILE, TEXT_FILE = f"{STEM}.safetensors", "model.safetensors"
-
-
-def half(tensors):
-    return {name: tensor.half() for name, tensor in tensors.items()}
+UNET_FILE = f"{STEM}.safetensors"
 
 
 def shard(folder, index, variant):
@@ -51,7 +46,7 @@ def test_a_folder_gives_exactly_the_tensors_of_its_files(sd15):
 @pytest.mark.parametrize(
     "index", ["{}.safetensors.index{}.json", "{}.safetensors{}.index.json", "{}{}.safetensors.index.json"]
 )
-@pytest.mark.parametrize("variant", ["", ".fp16", ".v0-fix"])
+@pytest.mark.parametrize("variant", ["", ".v0-fix"])
 def test_shards_are_found_by_every_spelling_of_an_index(tmp_path, index, variant):
     tensors = {name: torch.ones(1) for name in "abc"}
     save_file(tensors, tmp_path / UNET_FILE)
@@ -77,31 +72,18 @@ def test_of_several_variants_one_is_taken(tmp_path, names, dtype, variant, taken
     for name in names:
         save_file({"a": torch.ones(1)}, tmp_path / f"{STEM}{name}.safetensors")
     if taken is None:
-        assert "several variants; choose one with --variant: v0-1, v0-fix" in refusal(
-            find_tensors, tmp_path, STEM, dtype
-        )
+        message = refusal(find_tensors, tmp_path, STEM, dtype)
+        assert "several variants; choose one with --variant: v0-1, v0-fix" in message
     else:
         found = find_tensors(tmp_path, STEM, dtype, variant)
         assert found == {"a": tmp_path / f"{STEM}{taken}.safetensors"}
 
 
 @pytest.mark.slow
-def test_a_folder_with_only_a_variant_loads_in_any_dtype(sd15_copy):
-    for name, stem in ("unet", UNET_FILE), ("vae", UNET_FILE), ("text_encoder", TEXT_FILE):
-        file = sd15_copy / name / stem
-        rewrite(file, half)
-        file.rename(file.with_name(stem.replace(".safetensors", ".v0.safetensors")))
-    for dtype, found in (torch.float32, torch.float32), (None, torch.float16):
-        sd = load(sd15_copy, dtype=dtype, variant="v0")
-        assert {p.dtype for network in sd.networks.values() for p in network.parameters()} == {found}
-    assert "has no weights of variant 'v1'" in refusal(load, sd15_copy, variant="v1")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("variant", [None, "v0"])
 def test_what_the_reference_libraries_shard_loads_too(sd15_pipeline, sd15, tmp_path, variant):
     sd15_pipeline.save_pretrained(tmp_path / "saved", variant=variant, max_shard_size="100KB")
-    sharded, whole = load(tmp_path / "saved"), load(sd15)
+    sharded, whole = load(tmp_path / "saved", variant=variant), load(sd15)
     for name, network in sharded.networks.items():
         assert len(list((tmp_path / "saved" / name).glob("*.safetensors"))) > 1
         assert same(network.state_dict(), whole.networks[name].state_dict())
@@ -117,25 +99,15 @@ def test_what_the_reference_libraries_shard_loads_too(sd15_pipeline, sd15, tmp_p
         ("unet", {"shiny_new_option": None, "_name_or_path": "somewhere"}, None),  # not used, and a note
         ("unet", {"act_fn": "gelu"}, "act_fn = 'gelu' is not supported, only 'silu'"),
         ("unet", {"up_block_types": ["AttnUpBlock2D"] * 4}, "only 'UpBlock2D' and 'CrossAttnUpBlock2D'"),
-        ("unet", {"class_embed_type": "timestep"}, "class_embed_type = 'timestep' is not supported"),
-        ("unet", {"num_attention_heads": 8}, "num_attention_heads = 8 is not supported"),
-        ("unet", {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift = 'scale_shift'"),
         ("unet", {"addition_embed_type": "image"}, "addition_embed_type = 'image' is not supported"),
-        ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim = 256 is not supported"),
-        ("unet", {"mid_block_type": "UNetMidBlock2D"}, "mid_block_type = 'UNetMidBlock2D' is not supported, only"),
         ("unet", {"down_block_types": [["DownBlock2D"]] * 4}, "down_block_types = [['DownBlock2D'], "),
         ("unet", {"attention_head_dim": [2, 2, 2]}, "attention_head_dim has 3 entries, block_out_channels has 4"),
         ("unet", {"norm_num_groups": 3}, "num_channels (320) must be divisible by num_groups (3)"),
         ("unet", {"block_out_channels": "wide"}, "block_out_channels = 'wide' is not"),
         ("unet", {"layers_per_block": -1}, "layers_per_block = -1 is not"),
-        ("unet", {"norm_eps": "small"}, "norm_eps = 'small' is not"),
         ("unet", {"cross_attention_dim": None}, "cross_attention_dim is missing"),
-        ("vae", {"latents_mean": [0, 0, 0, 0]}, "latents_mean = [0, 0, 0, 0] is not supported"),
         ("vae", {"use_quant_conv": False}, "use_quant_conv = False is not supported, only True"),
-        ("vae", {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "only 'DownEncoderBlock2D'"),
-        ("vae", {"scaling_factor": [1]}, "scaling_factor = [1] is not of the kind"),
         ("text_encoder", {"hidden_act": "relu"}, "hidden_act = 'relu' is not supported, only 'quick_gelu' and 'gelu'"),
-        ("text_encoder", {"model_type": "t5"}, "model_type = 't5' is not supported, only 'clip_text_model'"),
         ("text_encoder", {"num_attention_heads": 7}, "hidden_size 768 cannot be divided among 7 heads"),
     ],
 )
@@ -169,13 +141,9 @@ def test_tensors_that_do_not_fit_are_named(sd15_copy):
     assert "unet: the tensors do not fit the config: 1 missing (conv_in.bias)" in refusal(load, sd15_copy)
 
 
-@pytest.mark.parametrize("length", [0, 4, 500, -1, "pointer"])
+@pytest.mark.parametrize("length", [0, 500, -1])
 def test_a_truncated_file_is_refused(sd15, tmp_path, length):
-    content = (sd15 / "unet" / UNET_FILE).read_bytes()
-    pointer = (
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"  # what a clone without LFS leaves
-    )
-    (tmp_path / UNET_FILE).write_bytes(pointer if length == "pointer" else content[:length])
+    (tmp_path / UNET_FILE).write_bytes((sd15 / "unet" / UNET_FILE).read_bytes()[:length])
     message = refusal(find_tensors, tmp_path, STEM, None)
     assert str(tmp_path / UNET_FILE) in message and "damaged, truncated or no safetensors file" in message
 
@@ -188,7 +156,7 @@ def test_a_missing_shard_is_named(tmp_path):
     assert f"{lost} does not exist" in refusal(find_tensors, tmp_path, STEM, None)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"conv_in.bias": 3}}'])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
 def test_a_broken_index_is_refused(tmp_path, content):
     (tmp_path / f"{UNET_FILE}.index.json").write_text(content)
     assert f"{UNET_FILE}.index.json" in refusal(find_tensors, tmp_path, STEM, None)
@@ -199,17 +167,15 @@ class Bomb:
         return print, ("a pickle has run code",)
 
 
-@pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.pt", "model.pth", "model.pkl"])
+@pytest.mark.parametrize("name", ["model.ckpt", "model.bin"])
 def test_a_pickle_is_refused_unopened(tmp_path, name, capsys):
     torch.save({"state_dict": Bomb()}, tmp_path / name)
-    for attempt in (lambda: load(tmp_path / name), lambda: find_tensors(tmp_path, STEM, None)):
-        assert f"{name} is a pickle, which can run any code when opened; get the model's .safetensors" in refusal(
-            attempt
-        )
+    wanted = f"{name} is a pickle, which can run any code when opened; get the model's .safetensors"
+    assert wanted in refusal(load, tmp_path / name) and wanted in refusal(find_tensors, tmp_path, STEM, None)
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("content", [b"{'a': 1}", b"", b"[1]", b"null", b"\xff\xfe\x00", b"[" * 10**5])
+@pytest.mark.parametrize("content", [b"{'a': 1}", b"[1]", b"\xff\xfe\x00", b"[" * 10**5])
 def test_a_broken_config_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     assert f"{tmp_path / 'config.json'} is not readable JSON" in refusal(read_json, tmp_path / "config.json")
@@ -229,10 +195,7 @@ def test_files_and_folders_appear_whole_or_not_at_all(tmp_path):
         write_text(aside / "c.txt", "new")
         assert (tmp_path / "a/b.txt").read_text() == "old"
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "c.txt"]
-    for error, expected in (
-        (OSError(28, "No space left on device"), InputError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
-    ):
+    for error, expected in (OSError("disk full"), InputError), (KeyboardInterrupt(), KeyboardInterrupt):
         with pytest.raises(expected), replaced(tmp_path / "a") as aside:
             write_text(aside / "d.txt", "never")
             raise error
@@ -271,28 +234,16 @@ print((kilobytes("VmHWM") - before) * 1024 / sum(p.nbytes for p in weights))
 """
 
 
-@pytest.fixture(scope="module")
-def large(sd15, tmp_path_factory):
-    """fp32 and fp16 folders whose UNet has SD1.5's structure at a quarter of its width: 54 million weights."""
-    folder = tmp_path_factory.mktemp("large")
-    for dtype in torch.float32, torch.float16:
-        path = shutil.copytree(sd15, folder / str(dtype))
-        edit(path / "unet/config.json", block_out_channels=[80, 160, 320, 320], norm_num_groups=16)
-        config = read_config(UNetConfig, read(path / "unet/config.json"), "unet")
-        shapes = build(UNet, config).state_dict()
-        save_file({name: torch.ones(t.shape, dtype=dtype) for name, t in shapes.items()}, path / "unet" / UNET_FILE)
-        for file in path / "vae" / UNET_FILE, path / "text_encoder" / TEXT_FILE:
-            rewrite(file, lambda tensors, dtype=dtype: {name: tensor.to(dtype) for name, tensor in tensors.items()})
-    yield folder
-    shutil.rmtree(folder)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory in use from /proc")
-@pytest.mark.parametrize(
-    "stored, wanted", [("float32", "float32"), ("float16", "float32"), ("float32", "float16"), ("float16", "float16")]
-)
-def test_loading_takes_no_more_memory_than_the_weights(large, sd15, stored, wanted):
-    command = [sys.executable, "-c", MEASURE, large / f"torch.{stored}", wanted, sd15]
+@pytest.mark.parametrize("stored, wanted", [("float32", "float32"), ("float16", "float32"), ("float32", "float16")])
+def test_loading_takes_no_more_memory_than_the_weights(sd15_copy, sd15, stored, wanted):
+    """The UNet has SD1.5's structure at a quarter of its width: 54 million weights."""
+    unet = sd15_copy / "unet"
+    edit(unet / "config.json", block_out_channels=[80, 160, 320, 320], norm_num_groups=16)
+    shapes = build(UNet, read_config(UNetConfig, read(unet / "config.json"), "unet")).state_dict()
+    (unet / UNET_FILE).unlink()
+    save_file({name: torch.ones(t.shape, dtype=getattr(torch, stored)) for name, t in shapes.items()}, unet / UNET_FILE)
+    command = [sys.executable, "-c", MEASURE, sd15_copy, wanted, sd15]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert float(run.stdout) < 1.15

@@ -70,9 +70,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder of the tokenizer(s); single files hold none")
     parser.add_argument("--variant", help="which of a folder's weight files, such as v0-fix or fp16")
     parser.add_argument("--windows", type=int, help="the weights are those of a flow of this many windows")
-    parser.add_argument(
-        "--prediction-type", choices=["epsilon", "ddim_eps", "diff_eps"], help="of that flow; see above"
-    )
+    parser.add_argument("--prediction-type", choices=["epsilon", "ddim_eps", "diff_eps"], help="of that flow (above)")
     parser.add_argument("--delta", type=Path, help="safetensors file of UNet weight differences to add")
     parser.add_argument("--difference-from", metavar="BASE", help="write the UNet's difference from this model's alone")
     args = parser.parse_args()
