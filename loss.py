@@ -5,12 +5,13 @@ A velocity says where to go (direction) and how fast (magnitude). Its squared er
     |a - b|^2  =  (|a| - |b|)^2  +  2 |a| |b| (1 - cos(a, b))
                   magnitude          direction
 
-Noise on the direction hurts images far more than equally large noise on the magnitude (figure 1b), but the squared
-error weighs both alike. So the paper adds weight to the second part, freed of the magnitudes in front of it:
+Noise on the direction hurts images more than equally large noise on the magnitude (figure 1b), but the squared error
+weighs both alike. So the paper adds weight to the second part, freed of the magnitudes in front of it:
 
-    L = |v_pred - v|^2 + alpha (1 - cos(v_pred, v))
+    L = mean((v_pred - v)^2) + alpha (1 - cos(v_pred, v))
 
-Read `reflow.py` before this file.
+The paper writes |v_pred - v|^2; whether it means the sum or the mean over elements, and its alpha, are not known.
+Shapes: B batch, D numbers in a sample's latent, flattened. Read `reflow.py` before this file.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The paper's figures in miniature, and its scores (tables 1, 2 and 4).
 
     python -m paper.figures score MODEL ...            prompt accuracy, Frechet distance, CLIP score: rows of --json
-    python -m paper.figures table                      the rows of the test split, into paper/README.md
+    python -m paper.figures table                      the rows of the test split, into paper/README.md and README.md
     python -m paper.figures velocities MODEL ...       figure 1a: how alike velocities of different times are
     python -m paper.figures noise MODEL                figure 1b: noise on the direction against noise on the magnitude
     python -m paper.figures guidance                   figure 3: the rows of --json over guidance
@@ -49,10 +49,16 @@ NAMES = {  # the models in weights/ and, with the commands for them in paper/REA
     "proreflow-i-guided": "ProReflow-I, guided", "proreflow-ii-guided": "ProReflow-II, guided",
     "guided-1": "one step, guided",
 }  # fmt: skip
-# FID of SD1.5 on 30,000 captions of COCO-2014, table 2 of the paper.
-PAPER = {("miniature", "ddim", 32): "10.05", ("miniature", "dpm++", 4): "22.36", ("proreflow-i", "flow", 4): "11.16"}
-PAPER |= {("stage-3", "flow", 4): "10.70", ("stage-3", "flow", 2): "15.44"}
 MARKS = "<!-- scores: python -m paper.figures table -->\n", "<!-- end of scores -->"
+SUMMARY_MARKS = "<!-- summary: python -m paper.figures table -->\n", "<!-- end of summary -->"
+KEY = operator.itemgetter("model", "sampler", "steps", "guidance")  # of a row
+SUMMARY = {  # the rows that the project's README shows, with the paper's FID of SD1.5 on COCO-2014, table 2
+    ("miniature", "ddim", 32, 2): "10.05", ("miniature", "ddim", 4, 2): "", ("miniature", "dpm++", 4, 2): "22.36",
+    ("proreflow-i", "flow", 4, 2): "11.16", ("stage-3", "flow", 4, 2): "10.70", ("stage-3", "flow", 2, 2): "15.44",
+    ("proreflow-i-guided", "flow", 4, 1): "",
+}  # fmt: skip
+HEAD = ["model", "steps", "guidance", "NFE", "Frechet distance", "CLIP score"]
+HEAD += ["prompt accuracy, one item", "two items", "paper's FID"]
 
 
 @functools.cache
@@ -125,23 +131,28 @@ def keep(row: dict, file: Path) -> None:
     write_text(file, "[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
 
 
-def markdown(rows: list[list]) -> str:
-    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in rows)
-
-
-def table(rows: list[dict], prompts: int) -> str:
+def table(rows: list[dict], prompts: int, columns: list[str] = HEAD) -> str:
     """The rows of the test split with so many prompts of each kind, for models that have a name."""
-    head = ["model", "sampler", "steps", "guidance", "NFE", "Frechet distance", "CLIP score"]
-    head += ["prompt accuracy, one item", "two items", "paper's FID, SD1.5"]
-    lines = [head, ["---"] * len(head)]
+    lines, order = [columns, ["---"] * len(columns)], list(NAMES)
     rows = [row for row in rows if row["split"] == "test" and row["prompts"] == prompts and row["model"] in NAMES]
-    rows.sort(key=lambda row: (list(NAMES).index(row["model"]), row["sampler"], -row["steps"], row["guidance"]))
+    rows.sort(key=lambda row: (order.index(row["model"]), row["sampler"], -row["steps"], row["guidance"]))
     for row in rows:
-        paper = PAPER.get((row["model"], row["sampler"], row["steps"])) if row["guidance"] == LIKENESS else None
-        cells = [NAMES[row["model"]], row["sampler"], row["steps"], f"{row['guidance']:g}", row["evaluations"]]
-        cells += [f"{row[name]:.2f}" if name in row else "" for name in ("frechet", "clip")]
-        lines.append([*cells, f"{row['one item']:.1%}", f"{row['two items']:.1%}", paper or ""])
+        model = NAMES[row["model"]] + ("" if row["sampler"] == "flow" else f", {sample.SAMPLERS[row['sampler']]}")
+        cells = [model, row["steps"], f"{row['guidance']:g}", row["evaluations"]]
+        cells += [f"{row[score]:.2f}" if score in row else "" for score in ("frechet", "clip")]
+        cells += [f"{row['one item']:.1%}", f"{row['two items']:.1%}", SUMMARY.get(KEY(row), "")]
+        lines.append([cells[HEAD.index(column)] for column in columns])
     return markdown(lines)
+
+
+def summary(rows: list[dict], prompts: int) -> str:
+    """Some of these rows, with fewer columns."""
+    rows = [row for row in rows if KEY(row) in SUMMARY and "frechet" in row]
+    return table(rows, prompts, [column for column in HEAD if column not in ("guidance", "CLIP score")])
+
+
+def markdown(lines: list[list]) -> str:
+    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
 
 
 # ---- Velocities and trajectories ------------------------------------------------------------------------------------
@@ -230,10 +241,10 @@ def guidance(args: argparse.Namespace) -> None:
     """Figure 3, of the rows in --json: Frechet distance and prompt accuracy (mean of both kinds) over guidance, and one
     over the other, where further left and up is better."""
     figure, axes = panels(1, 3)
-    curves, order = {}, operator.itemgetter("model", "sampler", "steps", "guidance")
-    for row in sorted(read_rows(args.json), key=order):
+    curves = {}
+    for row in sorted(read_rows(args.json), key=KEY):
         if row["split"] == args.split and "frechet" in row:
-            curves.setdefault(order(row)[:3], []).append(row)
+            curves.setdefault(KEY(row)[:3], []).append(row)
     for (name, sampler, steps), rows in curves.items():
         values = {"guidance scale": [row["guidance"] for row in rows]}
         values["Frechet distance"] = [row["frechet"] for row in rows]
@@ -295,7 +306,9 @@ def main() -> None:
         args.device = torch.device(choose_device(args.device))
         args.out.mkdir(parents=True, exist_ok=True)
         if args.what == "table":
-            return write_between(HERE / "README.md", MARKS, table(read_rows(args.json), args.count))
+            rows = read_rows(args.json)
+            write_between(HERE.parent / "README.md", SUMMARY_MARKS, summary(rows, args.count))
+            return write_between(HERE / "README.md", MARKS, table(rows, args.count))
         if not args.models and args.what != "guidance":
             raise InputError(f"{args.what} needs a MODEL, such as weights/miniature")
         COMMANDS[args.what](args)

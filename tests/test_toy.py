@@ -1,0 +1,106 @@
+"""The toy in the plane: the method, its study and its figures, each with few updates."""
+
+import functools
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import reflow
+from paper import toy, toy_study
+
+
+@pytest.mark.parametrize("windows", [32, 4, 1])
+def test_a_fresh_student_takes_the_ddim_steps_of_its_teacher(windows):
+    torch.manual_seed(0)
+    net, noise = toy.Net(), torch.randn(6, 2)
+    grid, points = toy.trajectory(net, windows, windows, noise)
+    with torch.no_grad():
+        expected = reflow.ddim(net, noise, toy.ALPHAS_CUMPROD, torch.tensor(reflow.boundaries(windows)))
+    assert grid.tolist() == reflow.boundaries(windows) and torch.equal(points[0], noise)
+    torch.testing.assert_close(points[-1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_reflow_brings_four_steps_closer_to_the_teachers_thirty_two():
+    torch.manual_seed(0)
+    noise = torch.randn(300, 2)
+    teacher = toy.fit("teacher", toy.Net(), toy.diffusion_loss, 300)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    loss_of = functools.partial(toy.reflow_loss, windows=4, teacher=(teacher, 32), alpha=0.1)
+    student = toy.fit("student", teacher, loss_of, 100)
+    ends = {name: toy.trajectory(net, m, m, noise)[1][-1] for name, net, m in
+            (("goal", teacher, 32), ("untrained", teacher, 4), ("trained", student, 4))}  # fmt: skip
+    distance = {name: (z - ends["goal"]).square().mean() for name, z in ends.items()}
+    assert distance["trained"] < 0.5 * distance["untrained"]
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("at_start, gap", [(0, 0), (0, 0.5), (0.5, 0.25), (1, 0)])
+def test_times_lie_where_they_should(at_start, gap, monkeypatch):
+    asked = []
+    net = toy.Net()
+    monkeypatch.setattr(net, "forward", lambda z, tau: asked.append(tau) or torch.zeros_like(z))
+    toy.reflow_loss(net, 4, (toy.Net(), 32), 0, at_start, gap, n=4000)
+    start, end = reflow.window_of(asked[0], 4)
+    r = (start - asked[0]) / (start - end)
+    assert (r == 0).float().mean() == pytest.approx(at_start + (1 - at_start) / (250 * (1 - gap)), abs=0.03)
+    assert at_start == 1 or 1 - gap - 0.05 < r.max() < 1 - gap
+
+
+def test_the_image_and_the_animation_are_written(tmp_path):
+    toy.main(tmp_path, share=0.005)
+    with Image.open(tmp_path / "toy.png") as still, Image.open(tmp_path / "toy.webp") as moving:
+        assert still.size == moving.size == (1000, 500) and moving.n_frames > 20
+
+
+def test_networks_side_by_side_answer_and_learn_like_each_alone():
+    torch.manual_seed(0)
+    nets = [toy.Net() for _ in range(3)]
+    z, tau = torch.randn(12, 2), torch.randint(1, 1001, (12,))
+    together = toy_study.SideBySide(nets)
+    alone = torch.cat([net(*share) for net, share in zip(nets, zip(z.split(4), tau.split(4)))])
+    torch.testing.assert_close(together(z, tau), alone)
+    together(z, tau).square().sum().backward()
+    alone.square().sum().backward()
+    for i, net in enumerate(nets):
+        for stacked, parameter in zip(together.stacked, net.parameters()):
+            torch.testing.assert_close(stacked.grad[i], parameter.grad)
+
+
+def test_noise_on_direction_and_on_magnitude_moves_velocities_equally_far():
+    v = torch.randn(50, 2)
+    turned, scaled = (toy_study.perturbed(lambda z, tau: v, kind, 0.4)(v, None) for kind in ("direction", "magnitude"))
+    for noisy in turned, scaled:
+        torch.testing.assert_close((noisy - v).norm(dim=1), 0.4 * v.norm(dim=1))
+    torch.testing.assert_close(turned.norm(dim=1), v.norm(dim=1))
+    torch.testing.assert_close(torch.nn.functional.cosine_similarity(scaled, v), torch.ones(50))
+
+
+def test_a_study_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "rows.json"
+    small = [run | ({"cost": 24} if run.get("cost") else {}) for run in toy_study.all_runs()]
+    small = [small[0], small[8], next(run for run in small if run.get("path") == [8, 4, 2] and run["cost"])]
+    toy_study.study(file, small[:1], teacher_updates=2, n=3)
+    first = json.loads(file.read_text())
+    toy_study.study(file, small, teacher_updates=2, n=3)
+    rows = json.loads(file.read_text())
+    assert rows[: len(first)] == first
+    assert [(row.get("path"), row["steps"]) for row in rows] == [([8], 8), (None, 32)] + [
+        ([8, 4, 2], m) for m in (2, 4, 8)
+    ]
+    assert all(len(set(row["distance"])) == toy_study.SEEDS for row in rows)
+    monkeypatch.setattr(toy_study, "measure", None)
+    toy_study.study(file, small, teacher_updates=2, n=3)
+    assert json.loads(file.read_text()) == rows
+
+
+def test_the_kept_rows_are_those_of_the_study_and_draw_its_figure(tmp_path):
+    pytest.importorskip("matplotlib").use("agg")
+    from paper import toy_figures
+
+    rows = json.loads(toy_study.FILE.read_text())
+    assert all(any(run.items() <= row.items() for row in rows) for run in toy_study.all_runs())
+    toy_figures.figure(rows, tmp_path)
+    toy_figures.targets({name: (toy.Net(), k) for name, k in {"teacher": 32, **dict(toy.PANELS[2:])}.items()}, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"toy_study.png", "toy_targets.png"}
