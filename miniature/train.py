@@ -109,7 +109,7 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     Sennrich et al. 2016, algorithm 1: merge the most frequent pair until every word is whole. Of equally frequent ones,
     take the first by name, so that a resumed run numbers its words as before.
     """
-    captions = " ".join(scenes.caption(TRAIN, i) for i in range(5000)).replace(",", "")
+    captions = " ".join(scenes.caption(TRAIN, i) for i in range(1000)).replace(",", "")
     words, merges = [" ".join(word) + "</w>" for word in sorted(set(captions.split()))], []
     while pairs := Counter(pair for word in words for pair in itertools.pairwise(word.split())):
         merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))

@@ -190,8 +190,8 @@ def draw_alpha(rows: list[dict], cost: int, file: Path) -> None:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = {"choices": [*SOLVERS, *RUNS], "default": [*SOLVERS, *METHODS]}
-    parser.add_argument("--methods", nargs="+", **names, help="rows to measure")
+    default = [*SOLVERS, *METHODS]
+    parser.add_argument("--methods", nargs="+", choices=[*SOLVERS, *RUNS], default=default, help="rows to measure")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
     parser.add_argument("--cost", type=int, nargs="+", default=[COST], help="NFE of one stage of ProReflow")
     parser.add_argument("--data", type=Path, default=Path("out/latents"), help="cached latents to train on")

@@ -5,8 +5,8 @@
     python -m tools.bench frechet     Frechet distance, against scipy.linalg.sqrtm
     python -m tools.bench step        a training step of a merging stage, against PeRFlow's, on the miniature
 
-Needs requirements-dev.txt for the peers. Weights are random: only shapes and dtypes matter here. How fast training is, the
-`log.jsonl` of a run says.
+Needs requirements-dev.txt for the peers. Weights are random: only shapes and dtypes matter here. How fast training
+is, the `log.jsonl` of a run says.
 """
 
 import argparse
