@@ -70,15 +70,24 @@ def test_a_failed_training_ends_the_run_with_one_line(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_method_is_trained_scored_and_then_known(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(tables.SOLVERS, "ddim", tables.Method("the teacher", (), {2: ""}))
-    command = ["--methods", "i", "ddim", "--seeds", 3, "--cost", 256, "--prompts", 1, "--images", 4, "--device", "cpu"]
-    command += ["--out", tmp_path / "out", "--data", tmp_path / "latents", "--json", tmp_path / "rows.json"]
+    command = ["--methods", "perflow", "ddim", "--seeds", 3, "--cost", 256, "--prompts", 1, "--images", 4]
+    command += [
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "out",
+        "--data",
+        tmp_path / "latents",
+        "--json",
+        tmp_path / "rows.json",
+    ]
     assert exit_code(tables, *command) == 2
     assert "holds no latents; make them: python -m tools.cache" in capsys.readouterr().err
     cache(StableDiffusion.load(MINIATURE), data.Scenes(0), 32, tmp_path / "latents")
     assert exit_code(tables, *command) == 0
     teacher, ours = json.loads((tmp_path / "rows.json").read_text())
     assert (teacher["method"], teacher["steps"], teacher["evaluations"]) == ("ddim", 2, 4)
-    assert (ours["method"], ours["seed"], ours["training"]) == ("i", 3, 64 * 7 + 64 * 5)
+    assert (ours["method"], ours["seed"], ours["training"]) == ("perflow", 3, 64 * 11)
     assert ours["teacher"] == teacher["teacher"]
     monkeypatch.setattr(subprocess, "run", None)
     monkeypatch.setattr(tables, "measure", None)
