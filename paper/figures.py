@@ -64,12 +64,13 @@ HEAD += ["prompt accuracy, one item", "two items", "paper's FID"]
 @functools.cache
 def load(spec: str, device: torch.device) -> tuple[str, StableDiffusion, int, str]:
     """MODEL -> its folder's name, the model, the number of steps, the sampler."""
-    path, *how = spec.split(":")
-    if len(how) > 2 or not all(map(str.isdigit, how[:1])) or not set(how[1:]) <= sample.SAMPLERS.keys():
+    path, _, how = spec.partition(":")
+    steps, _, sampler = how.partition(":")
+    if not (steps or "1").isdigit() or sampler not in ("", *sample.SAMPLERS):
         raise InputError(f"{spec}: name a model folder and its steps, as in weights/miniature:32, or :4:dpm++")
     sd = StableDiffusion.load(path, device)
-    steps = int(how[0]) if how else sd.windows or FINE
-    return Path(path).name, sd, steps, how[1] if len(how) > 1 else "flow" if sd.windows else "ddim"
+    steps = int(steps or sd.windows or FINE)
+    return Path(path).name, sd, steps, sampler or ("flow" if sd.windows else "ddim")
 
 
 # ---- Scores ---------------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def velocities(args: argparse.Namespace) -> None:
         cosine = torch.cosine_similarity(v[:, :, None], v[:, None], dim=3).mean(0)
         measures = (distance, 1.5, "|v - v'| / |v|"), (cosine, 1, "cosine")
         for axis, (matrix, most, what) in zip(axes[:, column], measures):
-            image = axis.imshow(matrix, vmin=0, vmax=most, extent=(1, 0, 0, 1))
+            image = axis.imshow(matrix.numpy(), vmin=0, vmax=most, extent=(1, 0, 0, 1))
             axis.set(title=NAMES.get(name, name), xlabel="time t of v'", ylabel="time t of v")
             figure.colorbar(image, ax=axis, fraction=0.045, label=what)
         print(f"{name}: cosine {cosine.diagonal(FINE // 2).mean():.3f} for times 0.5 apart")

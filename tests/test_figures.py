@@ -1,22 +1,19 @@
 """The figures and scores: what they measure is what they say they measure."""
 
-import contextlib
 import json
 import sys
 
 import numpy as np
 import pytest
 import torch
-from elsewhere import OtherDevice
+from elsewhere import other_device
 from helpers import exit_code
 
 import reflow
 import sample
-from miniature import train as miniature
 from model import FLOW, MINIATURE, StableDiffusion, flow_scheduler, save_flow
 from paper import figures
 from support import scenes
-from support.files import read_json
 from support.scenes import TEST
 from support.streams import draw_noise
 
@@ -122,27 +119,11 @@ def test_every_panel_has_named_axes_and_a_legend_of_its_curves(tmp_path, monkeyp
     assert sorted(file.name for file in tmp_path.iterdir()) == ["guidance.png", "noise.png", "velocities.png"]
 
 
-@pytest.fixture
-def other_device(monkeypatch):
-    tensor = torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda values, device="cpu", **how: tensor(values, **how).to(device))
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    reflow.rising_boundaries.cache_clear()
-    with OtherDevice():
-        yield
-    reflow.rising_boundaries.cache_clear()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["score", "velocities", "noise", "side"])
-def test_figures_are_made_where_tensors_are_on_another_device(what, tmp_path, monkeypatch, other_device):
+def test_figures_are_made_where_tensors_are_on_another_device(what, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "SIZES", (0.1,))
+    monkeypatch.setattr(figures, "FINE", 4)
     small = ["--guidance", 2, "--count", 2, "--images", 4, "--json", tmp_path / "rows.json", "--out", tmp_path]
-    assert run(what, FLOW, *small, "--device", "meta") == 0
-
-
-@pytest.mark.slow
-def test_the_miniature_trains_on_another_device(tmp_path, other_device):
-    command = ["--out", tmp_path / "model", "--clip", tmp_path / "clip", "--work", tmp_path, "--device", "meta"]
-    assert exit_code(miniature, *command, "--iters", 1, "--scenes", 100, "--batch-size", 2) == 0
-    assert read_json(tmp_path / "model/vae/config.json")["scaling_factor"] > 0
+    with other_device():
+        assert run(what, FLOW, *small, "--device", "meta") == 0
