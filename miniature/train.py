@@ -345,8 +345,8 @@ def train(args: argparse.Namespace) -> None:
 
     tokenizer = make_tokenizer(args.work / "tokenizer")
     begin, end = tokenizer.begin, tokenizer.end
-    text_settings = TEXT_SETTINGS | {"vocab_size": end + 1, "bos_token_id": begin, "eos_token_id": end}
-    text_settings |= {"pad_token_id": end}
+    ids = {"vocab_size": end + 1, "bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
+    text_settings = TEXT_SETTINGS | ids
     clip = train_clip(tokenizer, text_settings, drawn, images, args)
     save_clip(clip, tokenizer, text_settings, args.clip)
     del clip.text.text_projection  # Stable Diffusion's text encoder does without
