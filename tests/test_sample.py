@@ -210,12 +210,13 @@ def test_other_sizes_and_dtypes_work(sd15):
 
 
 @pytest.mark.parametrize("folder, sampler", [("sd15", "ddim"), ("sd15", "dpm++"), ("sdxl", "ddim"), ("sd15", "flow")])
-def test_nothing_is_read_back_from_the_device_until_the_images_are_there(request, monkeypatch, folder, sampler):
+def test_nothing_is_read_back_from_the_device_until_the_latents_are_there(request, monkeypatch, folder, sampler):
     flow = {"_class_name": "PeRFlowScheduler", "num_time_windows": 2} if sampler == "flow" else {}
     sd = helpers.shapes_only(request.getfixturevalue(folder), **flow)
-    monkeypatch.setattr(sample, "to_pixels", lambda images: images)
-    images = sample.generate(sd, ["a cat", "the cat"], 3, 4.0, sampler=sampler)
-    assert (images.device.type, images.shape) == ("meta", (2, 3, 64, 64))  # where nothing can be read
+    monkeypatch.setattr(StableDiffusion, "decode", lambda self, latents, low_memory: latents)
+    monkeypatch.setattr(sample, "to_pixels", lambda latents: latents)
+    latents = sample.generate(sd, ["a cat", "the cat"], 3, 4.0, sampler=sampler)
+    assert (latents.device.type, latents.shape) == ("meta", (2, 4, 8, 8))  # where nothing can be read
 
 
 def test_images_decoded_in_less_memory_are_the_same(sd15, tmp_path, monkeypatch):
@@ -240,7 +241,7 @@ def test_images_decoded_in_less_memory_are_the_same(sd15, tmp_path, monkeypatch)
         (["--seed", "-1"], "--seed: must be"),
         (["--guidance", "nan"], "--guidance: must be"),
         (["--batch-size", "0"], "--batch-size: must be"),
-        (["--device", "cuda"], "device cuda cannot be used here"),
+        (["--device", "cuda"], "--device cuda:0 cannot be used here"),
     ],
 )
 def test_a_wrong_argument_is_one_clear_line_and_exit_code_2(sd15, tmp_path, capsys, arguments, message):
