@@ -31,7 +31,7 @@ from evaluation.clip_score import ClipVision, ClipVisionConfig
 from model import MINIATURE, StableDiffusion
 from support import layouts, scenes
 from support.devices import Process, choose_device
-from support.errors import InputError, Parser, one_line_errors
+from support.errors import Parser, one_line_errors
 from support.files import fingerprint, replaced, write_json, write_tensors
 from support.latents import Latents
 from support.runs import load_checkpoint, save_checkpoint
@@ -64,15 +64,8 @@ UNET_SETTINGS = layouts.SD15["unet"] | {
 }  # fmt: skip
 
 
-def fit(
-    name: str,
-    network: nn.Module,
-    compute_loss: Callable[[int], Tensor],
-    args: argparse.Namespace,
-    iters: int,
-    lr: float,
-) -> nn.Module:
-    """Train `network`, going on from its checkpoint if there is one; returns the moving average of its weights.
+def fit(network: nn.Module, compute_loss: Callable[[int], Tensor], run: Path, iters: int, lr: float) -> nn.Module:
+    """Train `network`, from the checkpoint in `run` on if there is one; returns the moving average of its weights.
 
     compute_loss(step) draws a batch of its own and returns the loss, a scalar.
     """
@@ -80,27 +73,24 @@ def fit(
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     warmup = min(500, iters // 10 + 1)
     parts = {"network": network, "ema": ema, "optimizer": optimizer}
-    start = load_checkpoint(args.work / name, parts, {})
-    low_precision = torch.autocast(args.device.type, torch.bfloat16, enabled=args.device.type != "cpu")
-    saved = time.time()
-    bar = trange(start, iters, initial=start, total=iters, desc=name, mininterval=5)
+    start, saved = load_checkpoint(run, parts, {}), time.time()
+    device = next(network.parameters()).device
+    bar = trange(start, iters, initial=start, total=iters, desc=run.name, mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:  # a straight line up, then a cosine down
             group["lr"] = lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / iters))
         torch.manual_seed(step)  # the noise of a step depends on its number alone, so resuming changes nothing
-        with low_precision:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
             loss = compute_loss(step)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        if not norm.isfinite():
-            raise InputError(f"{name}: the gradient is not finite in step {step}; run again to go on from {args.work}")
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, network, step, 0.999)
         if step % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if time.time() - saved > 120 or step + 1 == iters:
-            save_checkpoint(Process(0, 1, args.device), args.work / name, parts, {}, step + 1)
+            save_checkpoint(Process(0, 1, device), run, parts, {}, step + 1)
             saved = time.time()
     return ema
 
@@ -119,7 +109,7 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     Sennrich et al. 2016, algorithm 1: merge the most frequent pair until every word is whole. Of equally frequent ones,
     take the first by name, so that a resumed run numbers its words as before.
     """
-    captions = " ".join(scenes.caption(TRAIN, i) for i in range(5000)).replace(",", "")
+    captions = " ".join(scenes.caption(TRAIN, i) for i in range(1000)).replace(",", "")
     words, merges = [" ".join(word) + "</w>" for word in sorted(set(captions.split()))], []
     while pairs := Counter(pair for word in words for pair in itertools.pairwise(word.split())):
         merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
@@ -157,7 +147,7 @@ def train_vae(images: Tensor, args: argparse.Namespace) -> tuple[VAE, dict]:
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
         return (decoded.float() - few).abs().mean() + 3e-4 * step / iters * kl.float().mean()
 
-    vae = fit("vae", vae, compute_loss, args, iters, lr=2e-3)
+    vae = fit(vae, compute_loss, args.work / "vae", iters, lr=2e-3)
     with torch.no_grad():
         deviation = vae.encode(pixels(images[:512], args))[0].std().item()
     vae.cfg.scaling_factor = round(1 / deviation, 5)
@@ -172,6 +162,7 @@ class Clip(nn.Module):
 
     def __init__(self, text_settings: dict):
         super().__init__()
+        text_settings = text_settings | {"architectures": ["CLIPTextModelWithProjection"]}
         self.text = ClipText(read_config(ClipTextConfig, text_settings, "text tower"))
         self.vision = ClipVision(read_config(ClipVisionConfig, VISION_SETTINGS, "vision tower"))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -192,8 +183,8 @@ def train_clip(
     torch.manual_seed(0)
     clip = Clip(text_settings).to(args.device)
     on_patches, in_image = (torch.from_numpy(np.stack(part)) for part in zip(*map(image_labels, drawn)))
-    heads = {"patch": nn.Linear(clip.vision.cfg.hidden_size, 1 + len(KINDS))}
-    heads["image"] = nn.Linear(clip.vision.cfg.hidden_size, in_image.shape[1])
+    width = clip.vision.cfg.hidden_size
+    heads = {"patch": nn.Linear(width, 1 + len(KINDS)), "image": nn.Linear(width, in_image.shape[1])}
     seer = nn.ModuleDict({"vision": clip.vision} | heads).to(args.device)
 
     def seeing_loss(step: int) -> Tensor:
@@ -204,7 +195,7 @@ def train_clip(
         patch_loss = F.cross_entropy(patches.float().flatten(0, 1), on_patches[which].flatten().to(args.device))
         return patch_loss + 0.1 * label_loss(image, in_image[which].to(args.device))
 
-    seer = fit("vision", seer, seeing_loss, args, args.iters or 4000, lr=1.5e-3)
+    seer = fit(seer, seeing_loss, args.work / "vision", args.iters or 4000, lr=1.5e-3)
     clip.vision.load_state_dict(seer["vision"].state_dict())
     facts = nn.Linear(clip.text.cfg.hidden_size, stated_facts("a red ring").size)
     reader = nn.ModuleDict({"clip": clip, "facts": facts}).to(args.device)
@@ -241,9 +232,9 @@ def train_clip(
         to_text = F.cross_entropy(torch.cat([logits, against_false], dim=1), target)
         return (to_text + F.cross_entropy(logits.T, target)) / 2 + misread
 
-    best = fit("text", reader, reading_loss, args, args.iters or 4000, lr=1e-3)
+    best = fit(reader, reading_loss, args.work / "text", args.iters or 4000, lr=1e-3)
     reader.load_state_dict(best.state_dict())
-    return fit("clip", reader, contrast, args, args.iters or 1500, lr=1e-3)["clip"]
+    return fit(reader, contrast, args.work / "clip", args.iters or 1500, lr=1e-3)["clip"]
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -252,12 +243,12 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 KINDS = list(itertools.product(scenes.SHAPES, scenes.COLORS, scenes.SIZES))
-SIDES = "on the left", "on the right", "at the top", "at the bottom"
 
 
 def image_labels(scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray]:
     """What lies on each 8 x 8 patch, (64,): 0 for the background, else 1 + its place in KINDS. And of the whole image
     in zeros and ones: is there one of this kind, and is there one of this shape and color on this side?"""
+    sides = "on the left", "on the right", "at the top", "at the bottom"
     most, patches = np.full((8, 8), 0.25), np.zeros((8, 8), np.int64)
     whole, sided = np.zeros(len(KINDS), np.float32), np.zeros((len(KINDS) // 2, 4), np.float32)
     for item in scene.items:
@@ -267,7 +258,7 @@ def image_labels(scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray]:
         patches[share > most] = 1 + kind
         most = np.maximum(most, share)
         whole[kind] = 1
-        sided[kind // 2] = [scenes.lies(item, side, 0.05) for side in SIDES]
+        sided[kind // 2] = [scenes.lies(item, side, 0.05) for side in sides]
     return patches.flatten(), np.concatenate([whole, sided.flatten()])
 
 
@@ -310,19 +301,16 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
     """Predict the noise in a noisy latent (Ho et al. 2020, algorithm 1), without the caption one time in ten."""
     # The UNet sees every scene many times, so latents and texts are made once. Another VAE has another folder.
     folder = args.work / f"latents-{args.scenes}-{fingerprint(sd.vae.encoder.conv_in.weight, sd.vae.quant_conv.weight)}"
-    cache(sd, Scenes(TRAIN), args.scenes, folder, workers=args.workers)
+    cache(sd, Scenes(TRAIN), args.scenes, folder)
     latents = Latents(folder)
     known = [latents[i] for i in range(len(latents))]
-    mean, log_variance = (
-        torch.stack([item[name] for item in known]).to(args.device) for name in ("mean", "log_variance")
-    )
+    mean = torch.stack([item["mean"] for item in known]).to(args.device)
+    deviation = torch.stack([(0.5 * item["log_variance"]).exp() for item in known]).to(args.device)
     detailed = [scenes.caption(TRAIN, i, DETAIL) for i in trange(len(known), desc="writing detailed captions")]
     captions = [(item["caption"], more) for item, more in zip(known, detailed)]
     number = {caption: i for i, caption in enumerate(dict.fromkeys([*itertools.chain(*captions), ""]))}
-    ids = sd.tokenizers[0](list(number)).split(1000)
-    with torch.no_grad():
-        encode = sd.text_encoders[0]
-        texts = torch.cat([encode(few.to(args.device))[0].half() for few in tqdm(ids, desc="encoding captions")])
+    blocks = (list(number)[i : i + 1000] for i in trange(0, len(number), 1000, desc="encoding captions"))
+    texts = torch.cat([sd.encode_prompt(block)[0].half() for block in blocks])
     which = torch.tensor([[number[caption] for caption in both] for both in captions]).to(args.device)
     unet, iters = sd.unet.requires_grad_(True), args.iters or 50_000
 
@@ -331,8 +319,7 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
         # ignores "left" for tens of thousands of updates. So the first tenth is of noisy times and detailed captions.
         first = step < iters // 10
         pick = torch.randint(len(mean), (args.batch_size,), device=args.device)
-        z = mean[pick] + (0.5 * log_variance[pick]).exp() * torch.randn_like(mean[pick])
-        z = sd.vae.cfg.scaling_factor * z
+        z = sd.vae.cfg.scaling_factor * (mean[pick] + deviation[pick] * torch.randn_like(mean[pick]))
         t = torch.randint(400 if first else 0, 1000, (len(z),), device=args.device)
         noise, a = torch.randn_like(z), sd.alphas_cumprod[t]
         caption = which[pick, torch.randint(1 if first else 0, 2, (len(z),), device=args.device)]
@@ -343,7 +330,7 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
         # at the noisy times.
         return ((predicted.float() - noise).square() / reflow.append_dims(a, z)).mean()
 
-    return fit("unet", unet, compute_loss, args, iters, lr=1e-3)
+    return fit(unet, compute_loss, args.work / "unet", iters, lr=1e-3)
 
 
 # ---- All of it ------------------------------------------------------------------------------------------------------
@@ -358,8 +345,8 @@ def train(args: argparse.Namespace) -> None:
 
     tokenizer = make_tokenizer(args.work / "tokenizer")
     begin, end = tokenizer.begin, tokenizer.end
-    text_settings = TEXT_SETTINGS | {"vocab_size": end + 1, "bos_token_id": begin, "eos_token_id": end}
-    text_settings |= {"pad_token_id": end, "architectures": ["CLIPTextModelWithProjection"]}
+    ids = {"vocab_size": end + 1, "bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
+    text_settings = TEXT_SETTINGS | ids
     clip = train_clip(tokenizer, text_settings, drawn, images, args)
     save_clip(clip, tokenizer, text_settings, args.clip)
     del clip.text.text_projection  # Stable Diffusion's text encoder does without
@@ -369,7 +356,7 @@ def train(args: argparse.Namespace) -> None:
     nn.init.zeros_(unet.conv_out.weight)
     configs = {
         "model_index": layouts.SD15["model_index"], "scheduler": layouts.SCHEDULER, "unet": UNET_SETTINGS,
-        "vae": vae_settings, "text_encoder": text_settings | {"architectures": ["CLIPTextModel"]},
+        "vae": vae_settings, "text_encoder": text_settings,
     }  # fmt: skip
     networks = {"unet": unet.to(args.device), "vae": vae, "text_encoder": clip.text}
     sd = StableDiffusion(networks, [tokenizer], configs)
@@ -388,7 +375,6 @@ def main() -> None:
     parser.add_argument("--iters", type=int, help="steps of each part, instead of the default; for a quick try")
     parser.add_argument("--batch-size", type=int, default=64, help="of the UNet")
     parser.add_argument("--scenes", type=int, default=100_000, help="number of scenes that the UNet trains on")
-    parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
     args = parser.parse_args()
     with one_line_errors(parser, "stopped; the same command goes on from the last checkpoint"):

@@ -16,14 +16,12 @@ import functools
 import itertools
 import json
 import operator
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import trange
 
 import fid
 import reflow
@@ -42,6 +40,8 @@ from support.scenes import TEST
 from support.streams import draw_noise
 
 HERE = Path(__file__).parent
+PROMPTS = HERE.parent / "docs/demo_prompts.txt"
+SIZES = 0, 0.1, 0.2, 0.3  # of the noise on velocities, in their lengths
 FINE = 32  # steps of a trajectory that is looked at closely; of a diffusion model, DDIM steps
 LIKENESS = 2.0  # guidance scale at which images look most like drawn scenes, chosen on validation images
 NAMES = {  # the models in weights/ and, with the commands for them in paper/README.md, in out/train/
@@ -49,27 +49,28 @@ NAMES = {  # the models in weights/ and, with the commands for them in paper/REA
     "proreflow-i-guided": "ProReflow-I, guided", "proreflow-ii-guided": "ProReflow-II, guided",
     "guided-1": "one step, guided",
 }  # fmt: skip
-# FID of SD1.5 on 30,000 captions of COCO-2014, table 2 of the paper.
-PAPER = {("miniature", "ddim", 32): "10.05", ("miniature", "dpm++", 4): "22.36", ("proreflow-i", "flow", 4): "11.16"}
-PAPER |= {("stage-3", "flow", 4): "10.70", ("stage-3", "flow", 2): "15.44"}
 MARKS = "<!-- scores: python -m paper.figures table -->\n", "<!-- end of scores -->"
 SUMMARY_MARKS = "<!-- summary: python -m paper.figures table -->\n", "<!-- end of summary -->"
-SUMMARY = [  # rows of the project's README: model, sampler, steps, guidance scale
-    ("miniature", "ddim", 32, 2), ("miniature", "ddim", 4, 2), ("miniature", "dpm++", 4, 2),
-    ("proreflow-i", "flow", 4, 2), ("stage-3", "flow", 4, 2), ("stage-3", "flow", 2, 2),
-    ("proreflow-i-guided", "flow", 4, 1),
-]  # fmt: skip
+KEY = operator.itemgetter("model", "sampler", "steps", "guidance")  # of a row
+SUMMARY = {  # the rows that the project's README shows, with the paper's FID of SD1.5 on COCO-2014, table 2
+    ("miniature", "ddim", 32, 2): "10.05", ("miniature", "ddim", 4, 2): "", ("miniature", "dpm++", 4, 2): "22.36",
+    ("proreflow-i", "flow", 4, 2): "11.16", ("stage-3", "flow", 4, 2): "10.70", ("stage-3", "flow", 2, 2): "15.44",
+    ("proreflow-i-guided", "flow", 4, 1): "",
+}  # fmt: skip
+HEAD = ["model", "steps", "guidance", "NFE", "Frechet distance", "CLIP score"]
+HEAD += ["prompt accuracy, one item", "two items", "paper's FID"]
 
 
 @functools.cache
 def load(spec: str, device: torch.device) -> tuple[str, StableDiffusion, int, str]:
     """MODEL -> its folder's name, the model, the number of steps, the sampler."""
-    path, *how = spec.split(":")
-    if len(how) > 2 or not all(map(str.isdigit, how[:1])) or not set(how[1:]) <= sample.SAMPLERS.keys():
+    path, _, how = spec.partition(":")
+    steps, _, sampler = how.partition(":")
+    if not (steps or "1").isdigit() or sampler not in ("", *sample.SAMPLERS):
         raise InputError(f"{spec}: name a model folder and its steps, as in weights/miniature:32, or :4:dpm++")
     sd = StableDiffusion.load(path, device)
-    steps = int(how[0]) if how else sd.windows or FINE
-    return Path(path).name, sd, steps, how[1] if len(how) > 1 else "flow" if sd.windows else "ddim"
+    steps = int(steps or sd.windows or FINE)
+    return Path(path).name, sd, steps, sampler or ("flow" if sd.windows else "ddim")
 
 
 # ---- Scores ---------------------------------------------------------------------------------------------------------
@@ -83,42 +84,35 @@ def score(args: argparse.Namespace) -> None:
         key = {"model": name, "weights": weights, "sampler": sampler, "steps": steps, "guidance": scale}
         key |= {"split": args.split, "prompts": args.count, "images": args.images}
         if not known(key, args.json):
-            seed = SPLITS[args.split]
-            row = key | scores(sd, steps, scale, sampler, seed, args.count, args.images, args.clip)
-            print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-            write_rows(args.json, read_rows(args.json) + [row])  # read again: another command may have added some
+            keep(key | scores(sd, steps, scale, sampler, SPLITS[args.split], args.count, args.images), args.json)
 
 
 def scores(
-    sd: StableDiffusion, steps: int, scale: float, sampler: str, seed: int, prompts: int, images: int, clip: Path
+    sd: StableDiffusion, steps: int, scale: float, sampler: str, seed: int, prompts: int, images: int
 ) -> dict[str, float]:
     """Prompt accuracy; and of `images` images of the seed's captions, the Frechet distance to its drawn scenes and the
     CLIP score."""
     row = {"evaluations": steps * (1 if scale == 1 else 2)}  # NFE
     row |= prompt_accuracy(sd, steps, scale, seed, prompts, sampler)
     if images:
-        network, drawn = reference(clip, sd.device, seed, images)
+        clip, drawn = reference(sd.device, seed, images)
         captions = [scenes.caption(seed, i) for i in range(images)]
-        made = [Image.fromarray(image) for image in images_of(sd, captions, steps, scale, seed, sampler)]
-        parts = [network.score(made[i : i + 100], captions[i : i + 100], "logits") for i in range(0, images, 100)]
-        row["frechet"] = round(fid.frechet_distance(*statistics(made, network), *drawn), 3)
-        row["clip"] = round(torch.cat(parts).mean().item(), 3)
+        made = list(images_of(sd, captions, steps, scale, seed, sampler))
+        parts = [clip.similarity(made[i : i + 100], captions[i : i + 100]) for i in range(0, images, 100)]
+        row["frechet"] = round(fid.frechet_distance(*statistics(made, clip), *drawn), 3)
+        row["clip"] = round(100 * torch.cat(parts).mean().item(), 3)
     return row
 
 
 @functools.cache
-def reference(folder: Path, device: torch.device, seed: int, images: int) -> tuple[ClipScore, tuple]:
-    """The CLIP that scores, and the mean and covariance of so many drawn scenes in its features."""
-    clip = ClipScore.load(folder, device)
-    drawn = (
-        Image.fromarray(scenes.sample(seed, i)[0]) for i in tqdm(range(images), desc="drawing scenes", leave=False)
-    )
-    return clip, statistics(drawn, clip)
+def reference(device: torch.device, seed: int, images: int) -> tuple[ClipScore, tuple]:
+    """The miniature's own CLIP, and the mean and covariance of so many drawn scenes in its features."""
+    clip = ClipScore.load(CLIP, device)
+    return clip, statistics([scenes.sample(seed, i)[0] for i in trange(images, desc="drawing scenes")], clip)
 
 
-def statistics(images: Iterable[Image.Image], clip: ClipScore) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of the images' features in the miniature's own CLIP."""
-    images = list(images)
+def statistics(images: list[np.ndarray], clip: ClipScore) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of the images' features."""
     features = torch.cat([clip.image_features(images[i : i + 200]).cpu() for i in range(0, len(images), 200)])
     features = features.double().numpy()
     return features.mean(axis=0), np.cov(features, rowvar=False)
@@ -128,43 +122,34 @@ def read_rows(file: Path) -> list[dict]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
 
 
-def known(key: dict, file: Path) -> dict | None:
-    return next((row for row in read_rows(file) if key.items() <= row.items()), None)
+def known(key: dict, file: Path) -> bool:
+    return any(key.items() <= row.items() for row in read_rows(file))
 
 
-def write_rows(file: Path, rows: list[dict]) -> None:
+def keep(row: dict, file: Path) -> None:
+    print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    rows = read_rows(file) + [row]  # read again: another command may have added some
     write_text(file, "[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
 
 
-def table(args: argparse.Namespace) -> str:
-    """The rows of --json on the test split with --count prompts, for models that have a name."""
-    head = ["model", "sampler", "steps", "guidance", "NFE", "Frechet distance", "CLIP score"]
-    head += ["prompt accuracy, one item", "two items", "paper's FID, SD1.5"]
-    lines = [head, ["---"] * len(head)]
-    rows = [row for row in read_rows(args.json) if row["split"] == "test" and row["model"] in NAMES]
-    rows.sort(key=lambda row: (list(NAMES).index(row["model"]), row["sampler"], -row["steps"], row["guidance"]))
+def table(rows: list[dict], prompts: int, columns: list[str] = HEAD) -> str:
+    """The rows of the test split with so many prompts of each kind, for models that have a name."""
+    lines, order = [columns, ["---"] * len(columns)], list(NAMES)
+    rows = [row for row in rows if row["split"] == "test" and row["prompts"] == prompts and row["model"] in NAMES]
+    rows.sort(key=lambda row: (order.index(row["model"]), row["sampler"], -row["steps"], row["guidance"]))
     for row in rows:
-        if row["prompts"] == args.count:
-            paper = PAPER.get((row["model"], row["sampler"], row["steps"])) if row["guidance"] == LIKENESS else None
-            cells = [NAMES[row["model"]], row["sampler"], row["steps"], f"{row['guidance']:g}", row["evaluations"]]
-            cells += [f"{row[name]:.2f}" if name in row else "" for name in ("frechet", "clip")]
-            lines.append([*cells, f"{row['one item']:.1%}", f"{row['two items']:.1%}", paper or ""])
+        model = NAMES[row["model"]] + ("" if row["sampler"] == "flow" else f", {sample.SAMPLERS[row['sampler']]}")
+        cells = [model, row["steps"], f"{row['guidance']:g}", row["evaluations"]]
+        cells += [f"{row[score]:.2f}" if score in row else "" for score in ("frechet", "clip")]
+        cells += [f"{row['one item']:.1%}", f"{row['two items']:.1%}", SUMMARY.get(KEY(row), "")]
+        lines.append([cells[HEAD.index(column)] for column in columns])
     return markdown(lines)
 
 
-def summary(args: argparse.Namespace) -> str:
-    """The rows of SUMMARY on the test split with --count prompts; of several, the one that was measured last."""
-    head = ["model", "steps", "NFE", "Frechet distance", "prompt accuracy, one item", "two items", "paper's FID"]
-    lines = [head, ["---"] * len(head)]
-    for model, sampler, steps, scale in SUMMARY:
-        key = {"model": model, "sampler": sampler, "steps": steps, "guidance": scale, "split": "test"}
-        key |= {"prompts": args.count}
-        for row in [row for row in read_rows(args.json) if key.items() <= row.items() and "frechet" in row][-1:]:
-            name = NAMES[model] if sampler == "flow" else f"{NAMES[model]}, {sample.SAMPLERS[sampler]}"
-            cells = [name, steps, row["evaluations"], f"{row['frechet']:.2f}"]
-            paper = PAPER.get((model, sampler, steps), "")
-            lines.append([*cells, f"{row['one item']:.1%}", f"{row['two items']:.1%}", paper])
-    return markdown(lines)
+def summary(rows: list[dict], prompts: int) -> str:
+    """Some of these rows, with fewer columns."""
+    rows = [row for row in rows if KEY(row) in SUMMARY and "frechet" in row]
+    return table(rows, prompts, [column for column in HEAD if column not in ("guidance", "CLIP score")])
 
 
 def markdown(lines: list[list]) -> str:
@@ -198,9 +183,8 @@ def velocities(args: argparse.Namespace) -> None:
         v = torch.stack(seen, dim=1).cpu()  # (B, FINE, D)
         distance = (torch.cdist(v, v) / v.norm(dim=2).mean()).mean(0)
         cosine = torch.cosine_similarity(v[:, :, None], v[:, None], dim=3).mean(0)
-        for axis, matrix, most, what in zip(
-            axes[:, column], (distance, cosine), (1.5, 1), ("|v - v'| / |v|", "cosine")
-        ):
+        measures = (distance, 1.5, "|v - v'| / |v|"), (cosine, 1, "cosine")
+        for axis, (matrix, most, what) in zip(axes[:, column], measures):
             image = axis.imshow(matrix.numpy(), vmin=0, vmax=most, extent=(1, 0, 0, 1))
             axis.set(title=NAMES.get(name, name), xlabel="time t of v'", ylabel="time t of v")
             figure.colorbar(image, ax=axis, fraction=0.045, label=what)
@@ -234,22 +218,22 @@ def perturbed(velocity: reflow.Network, size: float, kind: str, generator: torch
 def noise(args: argparse.Namespace) -> None:
     """Figure 1b: the score where every velocity has an error of the same length, in direction or in magnitude only."""
     _, sd, steps, _ = load(args.models[0], args.device)
-    clip, drawn = reference(args.clip, args.device, TEST, args.images)
+    clip, drawn = reference(args.device, TEST, args.images)
     captions = [scenes.caption(TEST, i) for i in range(args.images)]
     grid = reflow.sampling_grid(steps if sd.windows else FINE, sd.windows or FINE)
     figure, axes = panels(1, 1)
     for kind in "direction", "magnitude":
         distances = []
-        for size in args.sizes:
+        for size in SIZES:
             generator, made = torch.Generator().manual_seed(0), []
-            for first in tqdm(range(0, args.images, 100), desc=f"{kind}, {size:g}", leave=False):
+            for first in trange(0, args.images, 100, desc=f"{kind}, {size:g}", leave=False):
                 few = captions[first : first + 100]
                 z = draw_noise(TEST, list(range(first, first + len(few))), (4, 8, 8)).to(sd.device)
                 field = perturbed(velocity_of(sd, few, args.guidance[0]), size, kind, generator)
-                made.extend(map(Image.fromarray, to_pixels(sd.decode(reflow.euler(field, z, grid)))))
+                made.extend(to_pixels(sd.decode(reflow.euler(field, z, grid))))
             distances.append(fid.frechet_distance(*statistics(made, clip), *drawn))
             print(f"noise of {size:g} |v| on the {kind}: Frechet distance {distances[-1]:.2f}", flush=True)
-        axes[0, 0].plot(args.sizes, distances, marker="o", label=f"noise on the {kind}")
+        axes[0, 0].plot(SIZES, distances, marker="o", label=f"noise on the {kind}")
     axes[0, 0].set(xlabel="length of the noise / |v|", ylabel="Frechet distance")
     save(figure, args.out / "noise.png")
 
@@ -258,24 +242,23 @@ def guidance(args: argparse.Namespace) -> None:
     """Figure 3, of the rows in --json: Frechet distance and prompt accuracy (mean of both kinds) over guidance, and one
     over the other, where further left and up is better."""
     figure, axes = panels(1, 3)
-    of_model = operator.itemgetter("model", "sampler", "steps")
-    rows = [row for row in read_rows(args.json) if row["split"] == args.split and "frechet" in row]
-    for key, group in itertools.groupby(sorted(rows, key=of_model), of_model):
-        name, sampler, steps = key
-        group = sorted(group, key=lambda row: row["guidance"])
-        scales, frechet = ([row[column] for row in group] for column in ("guidance", "frechet"))
-        accuracy = [(row["one item"] + row["two items"]) / 2 for row in group]
-        for axis, x, y in zip(axes[0], (scales, scales, frechet), (frechet, accuracy, accuracy)):
-            axis.plot(x, y, marker="o", label=f"{NAMES.get(name, name)}, {sampler}, {steps} steps")
-    words = "guidance scale", "Frechet distance", "prompt accuracy"
-    for axis, x, y in zip(axes[0], (0, 0, 1), (1, 2, 2)):
-        axis.set(xlabel=words[x], ylabel=words[y])
+    curves = {}
+    for row in sorted(read_rows(args.json), key=KEY):
+        if row["split"] == args.split and "frechet" in row:
+            curves.setdefault(KEY(row)[:3], []).append(row)
+    for (name, sampler, steps), rows in curves.items():
+        values = {"guidance scale": [row["guidance"] for row in rows]}
+        values["Frechet distance"] = [row["frechet"] for row in rows]
+        values["prompt accuracy"] = [(row["one item"] + row["two items"]) / 2 for row in rows]
+        for axis, (x, y) in zip(axes[0], itertools.combinations(values, 2)):
+            axis.plot(values[x], values[y], marker="o", label=f"{NAMES.get(name, name)}, {sampler}, {steps} steps")
+            axis.set(xlabel=x, ylabel=y)
     save(figure, args.out / "guidance.png")
 
 
 def side(args: argparse.Namespace) -> None:
     """Figure 5: a row for each MODEL, a column for each prompt; the same noise in every row."""
-    prompts, images, captions = read_prompts(args.prompts)[:8], [], []
+    prompts, images, captions = read_prompts(PROMPTS)[:8], [], []
     for spec in args.models:
         name, sd, steps, sampler = load(spec, args.device)
         scale = 1.0 if sd.guidance == 1 else args.guidance[0]
@@ -313,14 +296,9 @@ def main() -> None:
     parser.add_argument("what", choices=[*COMMANDS, "table"])
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="`score` and `guidance` take several")
-    parser.add_argument(
-        "--split", choices=SPLITS, default="validation", help="captions, prompts and noise of the scores"
-    )
+    parser.add_argument("--split", choices=SPLITS, default="validation", help="captions, prompts and noise of scores")
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind, and trajectories")
     parser.add_argument("--images", type=int, default=1000, help="of a Frechet distance; 0: prompt accuracy alone")
-    parser.add_argument("--sizes", type=float, nargs="+", default=[0, 0.05, 0.1, 0.2, 0.3], help="of `noise`, in |v|")
-    parser.add_argument("--prompts", type=Path, default=HERE.parent / "docs/demo_prompts.txt", help="of `side`")
-    parser.add_argument("--clip", type=Path, default=CLIP, help="folder of the CLIP that scores")
     parser.add_argument("--out", type=Path, default=Path("out/figures"), help="folder for images")
     parser.add_argument("--json", type=Path, default=HERE / "results/scores.json", help="where rows are kept")
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
@@ -329,8 +307,9 @@ def main() -> None:
         args.device = torch.device(choose_device(args.device))
         args.out.mkdir(parents=True, exist_ok=True)
         if args.what == "table":
-            write_between(HERE.parent / "README.md", SUMMARY_MARKS, summary(args))
-            return write_between(HERE / "README.md", MARKS, table(args))
+            rows = read_rows(args.json)
+            write_between(HERE.parent / "README.md", SUMMARY_MARKS, summary(rows, args.count))
+            return write_between(HERE / "README.md", MARKS, table(rows, args.count))
         if not args.models and args.what != "guidance":
             raise InputError(f"{args.what} needs a MODEL, such as weights/miniature")
         COMMANDS[args.what](args)

@@ -2,8 +2,7 @@
 
     python -m tools.cache --out out/latents                      first, once: what is trained on
     python -m paper.tables                                       all methods, three seeds: 7 hours on two cores
-    python -m paper.tables --methods perflow i --cost 30000      some of it, at less cost: a point of the curve
-    python -m paper.tables --methods eight-0 eight-1 four-1      points of figure 4: other alphas, 8 and 4 windows
+    python -m paper.tables --methods perflow i --cost 30000      some of it, at less cost; or eight-1 four-1: figure 4
     python -m paper.tables --table                               what was measured, into paper/README.md and figures/
 
 Cost is counted in network evaluations (`variants.nfe_of_sample`), earlier stages included. A run may be interrupted and
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 import train
-from miniature.train import CLIP
+from miniature.judge import prompt_accuracy
 from model import MINIATURE, StableDiffusion
 from paper import figures
 from paper.variants import nfe_of_sample
@@ -30,8 +29,8 @@ from support.runs import start_training
 from support.scenes import TEST
 
 BATCH = 64  # samples of an update
-GUIDANCE = 2.0  # guidance scale of the images; chosen on validation images of the teacher
-CLEAR = 4.0  # a second one for prompt accuracy, where it is highest: the default of sample.py
+CLEAR = 4.0  # a second guidance scale for prompt accuracy, where it is highest: the default of sample.py
+RESULTS = figures.HERE / "results/experiments.json"
 COST = 60_000  # NFE of one stage of ProReflow: on the miniature, 134 updates of the first, 188 of the others
 
 
@@ -42,10 +41,6 @@ class Stage:
     windows: int
     share: float = 1
     alpha: float = 0.1
-
-    def __str__(self) -> str:
-        """Its name in the folder of results."""
-        return f"w{self.windows}-share{self.share:g}-alpha{self.alpha:g}"
 
 
 @dataclass(frozen=True)
@@ -88,10 +83,10 @@ SOLVERS = {  # the teacher itself
 
 def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> tuple[Path, int]:
     """The folder of a method's flow, and its cost in NFE. Trains the stages that are not there yet."""
-    folder, total, windows = args.teacher, 0, train.TEACHER_STEPS
+    folder, total, windows = MINIATURE, 0, train.TEACHER_STEPS
     out, names = args.out / f"cost-{cost}" / f"seed-{seed}", []
     for stage in method.stages:
-        names.append(str(stage))
+        names.append(f"w{stage.windows}-share{stage.share:g}-alpha{stage.alpha:g}")
         nfe = BATCH * int(nfe_of_sample(windows // stage.windows))
         iters = max(round(stage.share * cost / nfe), 1)
         total, teacher, folder, windows = total + iters * nfe, folder, out / "_".join(names), stage.windows
@@ -111,15 +106,15 @@ def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> t
 def measure(folder: Path, steps: int, sampler: str, args: argparse.Namespace) -> dict:
     """A model's scores on the test split."""
     sd = StableDiffusion.load(folder, args.device)
-    row = figures.scores(sd, steps, GUIDANCE, sampler, TEST, args.prompts, args.images, args.clip)
-    clear = figures.scores(sd, steps, CLEAR, sampler, TEST, args.prompts, 0, args.clip)
-    return row | {f"{kind}, guidance {CLEAR:g}": clear[kind] for kind in ("one item", "two items")}
+    row = figures.scores(sd, steps, figures.LIKENESS, sampler, TEST, args.prompts, args.images)
+    clear = prompt_accuracy(sd, steps, CLEAR, TEST, args.prompts, sampler)
+    return row | {f"{kind}, guidance {CLEAR:g}": accuracy for kind, accuracy in clear.items()}
 
 
 def run(args: argparse.Namespace) -> None:
     if not (args.data / "made_of.json").exists():
         raise InputError(f"{args.data} holds no latents; make them: python -m tools.cache --out {args.data}")
-    unet = StableDiffusion.load(args.teacher).unet
+    unet = StableDiffusion.load(MINIATURE).unet
     weights = fingerprint(unet.conv_in.weight, unet.conv_out.weight)
     args.out /= weights  # another teacher, other flows
     sizes = {"teacher": weights, "prompts": args.prompts, "images": args.images}
@@ -127,19 +122,14 @@ def run(args: argparse.Namespace) -> None:
         for steps in SOLVERS[name].steps:
             key = {"method": name, "steps": steps, **sizes}
             if not figures.known(key, args.json):
-                keep(key | measure(args.teacher, steps, name, args), args.json)
+                figures.keep(key | measure(MINIATURE, steps, name, args), args.json)
     for cost, seed, name in itertools.product(args.cost, args.seeds, args.methods):
         if name in RUNS:
             folder, total = trained(RUNS[name], seed, cost, args)
             for steps in RUNS[name].steps:
                 key = {"method": name, "steps": steps, "seed": seed, "cost of a stage": cost, **sizes}
                 if not figures.known(key, args.json):
-                    keep(key | {"training": total} | measure(folder, steps, "flow", args), args.json)
-
-
-def keep(row: dict, file: Path) -> None:
-    print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    figures.write_rows(file, figures.read_rows(file) + [row])
+                    figures.keep(key | {"training": total} | measure(folder, steps, "flow", args), args.json)
 
 
 # ---- The table, and the curves --------------------------------------------------------------------------------------
@@ -171,7 +161,7 @@ def table(rows: list[dict], cost: int) -> str:
                 training = f"{here[0]['training'] / 1e6:.2f}" if "training" in here[0] else ""
                 cells = [method.name, steps, here[0]["evaluations"], training, len(here) if training else ""]
                 lines.append([*cells, *(spread(here, *column) for column in COLUMNS.items()), paper])
-    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
+    return figures.markdown(lines)
 
 
 def draw_cost(rows: list[dict], file: Path) -> None:
@@ -204,15 +194,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[*SOLVERS, *RUNS], default=default, help="rows to measure")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
     parser.add_argument("--cost", type=int, nargs="+", default=[COST], help="NFE of one stage of ProReflow")
-    parser.add_argument("--teacher", type=Path, default=MINIATURE, help="the diffusion model")
-    parser.add_argument("--data", type=Path, default=Path("out/latents"), help="its cached latents")
+    parser.add_argument("--data", type=Path, default=Path("out/latents"), help="cached latents to train on")
     parser.add_argument("--prompts", type=int, default=500, help="of each kind, for prompt accuracy")
     parser.add_argument("--images", type=int, default=5000, help="of a Frechet distance")
-    parser.add_argument("--clip", type=Path, default=CLIP, help="folder of the CLIP that scores")
     parser.add_argument("--out", type=Path, default=Path("out/tables"), help="folder of the trained flows")
-    parser.add_argument(
-        "--json", type=Path, default=figures.HERE / "results/experiments.json", help="where rows are kept"
-    )
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where rows are kept")
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
     parser.add_argument("--table", action="store_true", help="measure nothing; write the page and figures from --json")
     args = parser.parse_args()

@@ -2,12 +2,7 @@
 
 A scene is two to four colored shapes on a background. A caption names only part of it, as real captions do, so that
 many images fit one caption. Since we know how scenes are drawn, a program can read images back: whether an image
-follows its prompt has an exact answer, where real images need a learned score.
-
-    scene to image and caption    make_scene, draw; choose_facts, say
-    image and caption to scene    parse: what an image shows; claims: what a caption says; judge: do they agree?
-
-Read next: `miniature/train.py`, which trains a whole Stable Diffusion on these.
+follows its prompt has an exact answer, where real images need a learned score. Read `miniature/train.py` next.
 """
 
 import itertools
@@ -41,9 +36,6 @@ TONES = {"dark": (35, 60), "gray": (110, 145), "light": (195, 225)}  # mean gray
 PATTERNS = ("plain", "gradient", "striped", "checkered")
 
 
-# ---- Scenes, and how they are drawn ---------------------------------------------------------------------------------
-
-
 # draw needs the fields with defaults, parse leaves them out.
 @dataclass
 class Item:
@@ -74,30 +66,27 @@ def pick(rng, options):
 
 
 def make_scene(rng) -> Scene:
+    """Items are inside the image and at least 3 pixels apart. No two share both color and shape, so that "the red
+    circle" is never in doubt."""
     tone, pattern = pick(rng, list(TONES)), pick(rng, PATTERNS)
     rgb = rng.uniform(*TONES[tone]) + rng.uniform(-8, 8, 3)
     contrast = rng.uniform(18, 28) if pattern == "gradient" else rng.uniform(10, 16)
     angle, *phase = rng.uniform(0, 2 * np.pi, 3)
-    # No two items share both color and shape, so that "the red circle" is never in doubt.
     kinds = rng.permutation(len(COLORS) * len(SHAPES))[: 2 + int(rng.random() * 3)]
     items = []
     while len(items) < len(kinds):
         color, shape = divmod(kinds[len(items)], len(SHAPES))
-        item = place(rng, list(SHAPES)[shape], list(COLORS)[color], items)
-        items = [*items, item] if item else []  # no room: begin again, with other sizes
+        shape, color, size = list(SHAPES)[shape], list(COLORS)[color], pick(rng, list(SIZES))
+        radius, tilt = rng.uniform(*SIZES[size]), rng.uniform(-0.1, 0.1)
+        shade = np.array(COLORS[color]) * rng.uniform(0.88, 1.06) + rng.uniform(-12, 12, 3)
+        reach = REACH[shape] * radius
+        for x, y in rng.uniform(reach + 1, SIZE - reach - 1, (20, 2)).tolist():
+            if all(math.dist((x, y), (o.x, o.y)) >= reach + REACH[o.shape] * o.radius + 3 for o in items):
+                items.append(Item(shape, color, size, x, y, radius, tuple(shade), tilt))
+                break
+        else:
+            items = []  # no room: begin again, with other sizes
     return Scene(items, tone, pattern, tuple(rgb), contrast, angle, rng.uniform(9, 16), tuple(phase))
-
-
-def place(rng, shape, color, others) -> Item | None:
-    """An item inside the image and at least 3 pixels from the others; None if a few tries find no room."""
-    size = pick(rng, list(SIZES))
-    radius, tilt = rng.uniform(*SIZES[size]), rng.uniform(-0.1, 0.1)
-    rgb = np.array(COLORS[color]) * rng.uniform(0.88, 1.06) + rng.uniform(-12, 12, 3)
-    reach = REACH[shape] * radius
-    for x, y in rng.uniform(reach + 1, SIZE - reach - 1, (20, 2)).tolist():
-        if all(math.dist((x, y), (o.x, o.y)) >= reach + REACH[o.shape] * o.radius + 3 for o in others):
-            return Item(shape, color, size, x, y, radius, tuple(rgb), tilt)
-    return None
 
 
 def coverage(shape, x, y, radius, tilt=0.0) -> np.ndarray:
@@ -186,15 +175,13 @@ def choose_facts(scene: Scene, rng, named: int, detail: float = 0.4) -> Claims:
     return facts
 
 
-KINDS_OF_WORDS = [list(SHAPES), list(COLORS), list(SIZES), list(TONES), PATTERNS]
-KINDS_OF_WORDS += [("left", "right"), ("top", "bottom"), ("above", "below")]
-
-
 def falsify(caption: str, scene: Scene, rng) -> str:
     """The caption with a word replaced by another of its kind, or with two exchanged, so that it is false."""
+    kinds = [list(SHAPES), list(COLORS), list(SIZES), list(TONES), PATTERNS]
+    kinds += [("left", "right"), ("top", "bottom"), ("above", "below")]
     words = re.split(r"(\w+)", caption)
     while True:
-        kind = pick(rng, KINDS_OF_WORDS)
+        kind = pick(rng, kinds)
         a, b = pick(rng, [word for word in kind if word in words] or kind), pick(rng, kind)
         false = "".join({a: b, b: a}.get(word, word) for word in words)
         if not holds(claims(false), scene):
@@ -250,28 +237,28 @@ LENGTH = np.linalg.norm(CHROMA, axis=1)
 
 
 def parse(image: np.ndarray) -> Scene:
-    """The items in a (64, 64, 3) uint8 image. A blob like none of our shapes is "unknown". Backgrounds are not read."""
+    """The items in a (64, 64, 3) uint8 image; backgrounds are not read. Each blob is compared, by intersection over
+    union, with every shape of the same center and area. One that is like none of them is "unknown"."""
     image = image.astype(np.float32)
     along = (image - image.mean(2, keepdims=True)) @ (CHROMA / LENGTH[:, None]).T  # (64, 64, colors)
     nearest = along.argmax(2)
-    strength = along.max(2) / LENGTH[nearest]
+    colorful = along.max(2) / LENGTH[nearest] > 0.45
     items = []
     for i, color in enumerate(COLORS):
-        parts, n = ndimage.label((nearest == i) & (strength > 0.45))
-        masks = [parts == part for part in range(1, n + 1)]
-        items += [identify(mask, color) for mask in masks if mask.sum() >= 16]  # less is a speck
+        parts, n = ndimage.label((nearest == i) & colorful)
+        for part in range(1, n + 1):
+            mask = parts == part
+            if mask.sum() < 16:  # a speck
+                continue
+            x, y = float(X[mask].mean()), float(Y[mask].mean())
+            radii = {shape: math.sqrt(mask.sum() / AREA[shape]) for shape in SHAPES}
+            ideals = {shape: coverage(shape, x, y, radius) > 0.5 for shape, radius in radii.items()}
+            iou = {shape: (mask & ideal).sum() / (mask | ideal).sum() for shape, ideal in ideals.items()}
+            shape = max(iou, key=iou.get)
+            size = "small" if radii[shape] < 9.5 else "big"  # halfway between the two ranges of SIZES
+            name = shape if iou[shape] > 0.78 else "unknown"
+            items.append(Item(name, color, size, x, y, radii[shape]))
     return Scene(items)
-
-
-def identify(mask, color) -> Item:
-    """Compare a blob with each shape of the same center and area, by intersection over union."""
-    x, y, area = float(X[mask].mean()), float(Y[mask].mean()), mask.sum()
-    ideals = {shape: coverage(shape, x, y, math.sqrt(area / AREA[shape])) > 0.5 for shape in SHAPES}
-    iou = {shape: (mask & ideal).sum() / (mask | ideal).sum() for shape, ideal in ideals.items()}
-    shape = max(iou, key=iou.get)
-    radius = math.sqrt(area / AREA[shape])
-    size = "small" if radius < 9.5 else "big"  # halfway between the two ranges of SIZES
-    return Item(shape if iou[shape] > 0.78 else "unknown", color, size, x, y, radius)
 
 
 def holds(facts: Claims, scene: Scene) -> bool:

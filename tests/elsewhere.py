@@ -1,9 +1,14 @@
 """A device that computes as the CPU does, where what fails on a GPU fails, too: reading a tensor as a NumPy array, and
 operations on tensors of both devices. Its name is "meta"."""
 
+import contextlib
+
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+import reflow
 
 aten = torch.ops.aten
 
@@ -45,3 +50,15 @@ def compute(operation, args, kwargs):
 class OtherDevice(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         return compute(operation, args, kwargs or {})
+
+
+@contextlib.contextmanager
+def other_device():
+    """In it, "meta" is that device."""
+    tensor = torch.tensor
+    reflow.rising_boundaries.cache_clear()
+    with pytest.MonkeyPatch.context() as patch, OtherDevice():
+        patch.setattr(torch, "tensor", lambda values, device="cpu", **how: tensor(values, **how).to(device))
+        patch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+        yield
+    reflow.rising_boundaries.cache_clear()

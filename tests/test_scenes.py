@@ -8,7 +8,7 @@ import pytest
 from scipy import ndimage
 
 from support import scenes
-from support.scenes import COLORS, SHAPES, SIZES, X, Y, choose_facts, claims, coverage, draw, holds, judge, parse, say
+from support.scenes import COLORS, SHAPES, SIZES, X, Y, claims, coverage, draw, holds, judge, parse, say
 from support.streams import SCENE, stream
 
 
@@ -23,9 +23,6 @@ def degrade(image, rng):
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-# ---- Scenes ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_sample_depends_on_seed_and_index_alone():
     image, caption = scenes.sample(3, 14)
     again, same = scenes.sample(3, 14)
@@ -38,8 +35,7 @@ def test_a_sample_depends_on_seed_and_index_alone():
 def test_a_shape_reaches_as_far_as_said_around_its_center_of_mass_and_is_about_as_large_as_the_others(shape):
     alpha = coverage(shape, 32.0, 32.0, 20.0)
     assert np.isclose(np.hypot(X - 32, Y - 32)[alpha > 0.01].max(), 20 * scenes.REACH[shape], atol=1)
-    assert np.isclose((alpha * X).sum() / alpha.sum(), 32, atol=0.05)
-    assert np.isclose((alpha * Y).sum() / alpha.sum(), 32, atol=0.05)
+    assert np.allclose(((alpha * X).sum() / alpha.sum(), (alpha * Y).sum() / alpha.sum()), 32, atol=0.05)
     assert 0.7 * max(scenes.AREA.values()) < scenes.AREA[shape]
 
 
@@ -51,52 +47,33 @@ def test_items_are_apart_inside_and_differ_in_color_or_shape():
         assert len({(i.shape, i.color) for i in scene.items}) == len(alphas)
         grown = sum(ndimage.binary_dilation(alpha).astype(int) for alpha in alphas)
         assert grown.max() == 1  # one more pixel around each and still no overlap
-        edge = np.ones((64, 64), bool)
-        edge[1:-1, 1:-1] = False
-        assert not any((alpha & edge).any() for alpha in alphas)
+        assert not any(np.pad(alpha[1:-1, 1:-1], 1).sum() < alpha.sum() for alpha in alphas)  # none at the edge
         assert all(SIZES[i.size][0] <= i.radius <= SIZES[i.size][1] for i in scene.items)
-
-
-# ---- Captions -------------------------------------------------------------------------------------------------------
 
 
 def test_a_caption_says_its_facts_and_no_others():
     for index in range(300):
         rng = np.random.default_rng(index)
-        scene = scenes.make_scene(rng)
-        facts = choose_facts(scene, rng, 1 + index % 2)
-        facts.count = len(scene.items) if index % 2 == 0 and index % 3 == 0 else None
-        facts.tone = scene.tone if index % 5 < 2 else None
-        facts.pattern = scene.pattern if index % 7 < 3 else None
+        facts = scenes.some_facts(scenes.make_scene(rng), rng)
         assert claims(say(facts, rng)) == facts
 
 
-@pytest.mark.slow
-def test_captions_are_true_and_say_part_of_what_the_image_shows():
-    said = []
-    for index in range(800):
-        said.append(claims(scenes.caption(3, index)))
-        assert index >= 200 or holds(said[-1], scene_of(3, index))
-    share = {
-        "one": np.mean([len(c.items) == 1 and c.count is None for c in said]),
-        "two": np.mean([len(c.items) == 2 for c in said]),
-        "count": np.mean([c.count is not None for c in said]),
-        "background": np.mean([c.tone is not None or c.pattern is not None for c in said]),
-    }
-    assert share == pytest.approx({"one": 0.40, "two": 0.50, "count": 0.10, "background": 0.18}, abs=0.05)
+def test_captions_say_part_of_what_the_image_shows():
+    said = [claims(scenes.caption(3, index)) for index in range(500)]
+    assert np.mean([len(c.items) == 2 for c in said]) == pytest.approx(0.50, abs=0.07)
+    assert np.mean([c.count is not None for c in said]) == pytest.approx(0.10, abs=0.05)
+    assert np.mean([c.tone is not None or c.pattern is not None for c in said]) == pytest.approx(0.18, abs=0.05)
     assert {n.position for c in said for n in c.items} == {None, *scenes.POSITIONS}
     assert {c.relation for c in said} == {None, *scenes.RELATIONS}
 
 
-def test_a_detailed_caption_is_another_one_of_the_same_scene_that_says_more():
+def test_a_caption_is_true_and_a_detailed_one_of_the_same_scene_says_more():
     details = {None: 0, 0.8: 0}
     for index in range(120):
         for detail in details:
             facts = claims(scenes.caption(0, index, detail))
             assert holds(facts, scene_of(0, index))
-            details[detail] += (facts.relation is not None) + sum(
-                (item.size is not None) + (item.position is not None) for item in facts.items
-            )
+            details[detail] += sum(bool(item.size) + bool(item.position) for item in facts.items)
     assert details[0.8] > 1.4 * details[None] > 40
 
 
@@ -120,12 +97,9 @@ def test_a_prompt_names_that_many_items_and_nothing_but_items(named):
 
 
 def test_a_sentence_outside_the_grammar_is_refused():
-    for caption in ("", "a cat", "a red circle on", "red circle", "a pink circle", "a red circle on a background"):
+    for caption in "", "a red circle on", "red circle", "a pink circle", "a red circle on a background":
         with pytest.raises(ValueError, match="not a caption"):
             claims(caption)
-
-
-# ---- Reading images -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage, wanted", ((False, 0.99), (True, 0.96)), ids=("fresh", "blur and noise"))
@@ -140,19 +114,12 @@ def test_all_items_of_an_image_are_found_with_shape_color_size_and_place_and_not
     assert np.mean(right) >= wanted
 
 
-def paint(mask):
-    """A red blob on gray."""
-    return np.where(mask[..., None], COLORS["red"], (130, 130, 130)).astype(np.uint8)
-
-
 DISC = np.hypot(X - 32, Y - 32) < 12
 BLOBS = {
     "ellipse": (((X - 32) / 16) ** 2 + ((Y - 32) / 8) ** 2 < 1, "unknown"),
-    "bar": ((abs(X - 32) < 4) & (abs(Y - 32) < 16), "unknown"),
     "crescent": (DISC & (np.hypot(X - 38, Y - 32) > 10), "unknown"),
     "two discs that touch": ((np.hypot(X - 24, Y - 32) < 9) | (np.hypot(X - 40, Y - 32) < 9), "unknown"),
     "thin ring": (DISC & (np.hypot(X - 32, Y - 32) > 10.5), "unknown"),
-    "letter L": ((abs(X - 32) < 12) & (abs(Y - 32) < 12) & ((X < 28) | (Y > 36)), "unknown"),
     "disc": (DISC, "circle"),
     "disc with a hole": (DISC & (np.hypot(X - 32, Y - 32) > 6), "ring"),
     "disc and a speck": (DISC | (np.hypot(X - 8, Y - 8) < 1.5), "circle"),
@@ -162,7 +129,8 @@ BLOBS = {
 @pytest.mark.parametrize("name", BLOBS)
 def test_a_blob_is_the_shape_that_it_is_like_or_unknown(name):
     mask, shape = BLOBS[name]
-    assert [(item.shape, item.color) for item in parse(paint(mask)).items] == [(shape, "red")]
+    image = np.where(mask[..., None], COLORS["red"], (130, 130, 130)).astype(np.uint8)
+    assert [(item.shape, item.color) for item in parse(image).items] == [(shape, "red")]
 
 
 def test_any_image_can_be_read():
@@ -171,36 +139,18 @@ def test_any_image_can_be_read():
         assert not judge(image.astype(np.uint8), "a blue ring")
 
 
-# ---- The judge ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_scene_shows_its_own_caption_and_seldom_another():
-    own, other, last = [], [], "a red circle"
-    for index in range(100):
-        image, caption = scenes.sample(7, index)
-        image = parse(degrade(image, np.random.default_rng(index)))
-        own.append(holds(claims(caption), image))
-        other.append(holds(claims(last), image))
-        last = caption
-    assert np.mean(own) >= 0.98 and np.mean(other) < 0.08
-
-
 CIRCLE = scenes.Item("circle", "red", "big", 16, 16, 12, COLORS["red"])
 RING = scenes.Item("ring", "blue", "small", 48, 40, 7, COLORS["blue"])
 JUDGED = {
     "a big red circle to the left of a small blue ring": True,
-    "one blue ring below one red circle": True,
     "a red circle at the top left and a blue ring on the right": True,
     "two shapes, one of them a blue ring": True,
     "a red circle and one other shape on a striped background": True,
     "a red circle on a dark background": True,  # backgrounds are not judged
     "a red circle to the right of a blue ring": False,
-    "a red circle below a blue ring": False,
     "a red circle at the bottom left": False,
     "a red circle in the center": False,
     "a small red circle": False,
-    "three shapes, one of them a blue ring": False,
     "a red circle and two other shapes": False,
     "a red ring": False,
 }

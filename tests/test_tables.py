@@ -29,13 +29,13 @@ def commands(monkeypatch):
     return seen
 
 
-def settings(tmp_path):
-    return SimpleNamespace(teacher=MINIATURE, out=tmp_path, data=tmp_path / "latents")
+def trained(name, seed, cost, folder):
+    return tables.trained(METHODS[name], seed, cost, SimpleNamespace(out=folder, data=folder / "latents"))
 
 
 @pytest.mark.parametrize("names", [("perflow", "i", "at-once", "plain"), ("ii", "two"), ("one", "reflow")])
 def test_methods_that_are_compared_cost_the_same(tmp_path, commands, names):
-    costs = [tables.trained(METHODS[name], 0, 250_000, settings(tmp_path))[1] for name in names]
+    costs = [trained(name, 0, 250_000, tmp_path)[1] for name in names]
     assert max(costs) < 1.002 * min(costs)
     shares = sum(stage.share for stage in METHODS[names[0]].stages)
     assert costs[0] == pytest.approx(shares * 250_000, rel=0.002)
@@ -44,35 +44,33 @@ def test_methods_that_are_compared_cost_the_same(tmp_path, commands, names):
 def test_cost_counts_the_steps_of_teacher_and_student(tmp_path, commands):
     first, merging, perflow = 4 + 3, 2 + 3, 8 + 3  # DDIM steps or windows of the flow; and three for the student
     for method, nfe in ("i", first + merging), ("perflow", perflow):
-        assert tables.trained(METHODS[method], 0, 64 * 7, settings(tmp_path))[1] == 64 * nfe
+        assert trained(method, 0, 64 * 7, tmp_path)[1] == 64 * nfe
     assert [options["--iters"] for options in commands] == ["1", "1", "1"]
 
 
 def test_a_method_goes_on_from_the_stages_of_another_and_none_is_trained_twice(tmp_path, commands):
-    folder, cost = tables.trained(METHODS["i"], 0, 9000, settings(tmp_path))
+    folder, cost = trained("i", 0, 9000, tmp_path)
     assert [options["--windows"] for options in commands] == ["8", "4"]
     assert commands[0]["--teacher"] == str(MINIATURE)
     assert commands[1]["--teacher"] == str(folder.parent / commands[0]["--name"])
-    again, more = tables.trained(METHODS["ii"], 0, 9000, settings(tmp_path))
+    again, more = trained("ii", 0, 9000, tmp_path)
     assert [options["--windows"] for options in commands] == ["8", "4", "2"]
     assert commands[2]["--teacher"] == str(folder) and more > cost and again != folder
-    tables.trained(METHODS["plain"], 0, 9000, settings(tmp_path))  # the same windows, another loss
-    tables.trained(METHODS["i"], 1, 9000, settings(tmp_path))  # another seed
-    assert [(options["--alpha"], options["--seed"]) for options in commands[3:]] == [("0", "0")] * 2 + [
-        ("0.1", "1")
-    ] * 2
+    trained("plain", 0, 9000, tmp_path)  # the same windows, another loss
+    trained("i", 1, 9000, tmp_path)  # another seed
+    assert [(new["--alpha"], new["--seed"]) for new in commands[3:]] == [("0", "0")] * 2 + [("0.1", "1")] * 2
 
 
 def test_a_failed_training_ends_the_run_with_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
     with pytest.raises(tables.InputError, match="the same command goes on"):
-        tables.trained(METHODS["i"], 0, 9000, settings(tmp_path))
+        trained("i", 0, 9000, tmp_path)
 
 
 @pytest.mark.slow
 def test_a_method_is_trained_scored_and_then_known(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(tables.SOLVERS, "ddim", tables.Method("the teacher", (), {2: ""}))
-    command = ["--methods", "i", "ddim", "--seeds", 3, "--cost", 256, "--prompts", 1, "--images", 4, "--device", "cpu"]
+    command = ["--methods", "perflow", "ddim", "--seeds", 3, "--cost", 256, "--prompts", 1, "--images", 4]
     command += ["--out", tmp_path / "out", "--data", tmp_path / "latents", "--json", tmp_path / "rows.json"]
     assert exit_code(tables, *command) == 2
     assert "holds no latents; make them: python -m tools.cache" in capsys.readouterr().err
@@ -80,7 +78,7 @@ def test_a_method_is_trained_scored_and_then_known(tmp_path, monkeypatch, capsys
     assert exit_code(tables, *command) == 0
     teacher, ours = json.loads((tmp_path / "rows.json").read_text())
     assert (teacher["method"], teacher["steps"], teacher["evaluations"]) == ("ddim", 2, 4)
-    assert (ours["method"], ours["seed"], ours["training"]) == ("i", 3, 64 * 7 + 64 * 5)
+    assert (ours["method"], ours["seed"], ours["training"]) == ("perflow", 3, 64 * 11)
     assert ours["teacher"] == teacher["teacher"]
     monkeypatch.setattr(subprocess, "run", None)
     monkeypatch.setattr(tables, "measure", None)

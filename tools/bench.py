@@ -1,47 +1,42 @@
-"""Speed, as a ratio to what people would use instead, measured in the same run; and training at full size.
+"""Speed, as a ratio to what people would use instead, measured in the same run.
 
     python -m tools.bench networks    UNet and VAE at official sizes, against diffusers
     python -m tools.bench pipeline    text to image at SD1.5's size, against diffusers
     python -m tools.bench frechet     Frechet distance, against scipy.linalg.sqrtm
     python -m tools.bench step        a training step of a merging stage, against PeRFlow's, on the miniature
-    python -m tools.bench train       training SD1.5 and SDXL: NFE and TFLOP per second, peak memory; needs a GPU
 
-Needs requirements-dev.txt for the peers. Weights are random: only shapes and dtypes matter here.
+Needs requirements-dev.txt for the peers. Weights are random: only shapes and dtypes matter here. How fast training
+is, the `log.jsonl` of a run says.
 """
 
 import argparse
-import copy
 import importlib.metadata
 import json
-import shutil
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+from scipy.linalg import sqrtm
 
 import data
 import fid
 import sample
 import train
 from clip_text import Tokenizer
-from model import MINIATURE, NETWORKS, StableDiffusion, flow_scheduler, save_flow
-from paper.variants import nfe_of_sample
+from model import MINIATURE, NETWORKS, StableDiffusion, flow_scheduler
 from support import layouts
 from support.devices import choose_device
 from support.files import write_json
-from support.latents import write_latents
 from support.weights import build, read_config
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-ROOT = Path(__file__).parent.parent
 FAMILIES = {"SD1.5": (layouts.SD15, 64), "SDXL": (layouts.SDXL, 128)}  # configurations, and the size of latents
-TRAINED = {"SD1.5": 32, "SDXL": 8}  # batch size of a GPU, with gradient checkpointing
 
 
 def compare(what: str, sides: dict[str, Callable[[], object]], args: argparse.Namespace) -> dict:
@@ -63,24 +58,6 @@ def compare(what: str, sides: dict[str, Callable[[], object]], args: argparse.Na
     return row | {"threads": torch.get_num_threads()}
 
 
-def plain(settings: dict) -> dict:
-    return {name: value for name, value in settings.items() if not name.startswith("_")}
-
-
-def random_model(family: dict, folder: Path, dtype: torch.dtype) -> Path:
-    """A model folder of this family with random weights, and the miniature's vocabulary; made once."""
-    if folder.exists():
-        return folder
-    tokenizer, configs, networks = Tokenizer.load(MINIATURE / "tokenizer"), copy.deepcopy(family), {}
-    for name in [name for name in NETWORKS if name in family]:
-        network_class, config_class, _ = NETWORKS[name]
-        if name.startswith("text_encoder"):
-            configs[name] |= {"vocab_size": tokenizer.end + 1, "eos_token_id": tokenizer.end}
-        networks[name] = network_class(read_config(config_class, configs[name], name)).to(dtype)
-    StableDiffusion(networks, [tokenizer] * (len(networks) - 2), configs).save(folder)
-    return folder
-
-
 def bench_networks(args: argparse.Namespace) -> list[dict]:
     """UNet and VAE at SD1.5's and, on a GPU, SDXL's size; both sides have the same random weights."""
     on_gpu = args.device.startswith("cuda")
@@ -91,29 +68,23 @@ def bench_networks(args: argparse.Namespace) -> list[dict]:
 
 @torch.inference_mode()
 def compare_unets(name: str, dtype: str, args: argparse.Namespace) -> dict:
-    import diffusers
-
     family, size = FAMILIES[name]
     to = {"device": args.device, "dtype": getattr(torch, dtype)}
-    theirs = diffusers.UNet2DConditionModel(**plain(family["unet"])).to(**to).eval()
+    theirs = diffusers.UNet2DConditionModel.from_config(family["unet"]).to(**to).eval()
     ours = build(UNet, read_config(UNetConfig, family["unet"], "unet"))
     ours.load_state_dict(theirs.state_dict(), assign=True)
     x, text = torch.randn(2, 4, size, size, **to), torch.randn(2, 77, ours.cfg.cross_attention_dim, **to)
     t, pooled, sizes = torch.tensor([999, 17]).to(args.device), torch.randn(2, 1280, **to), torch.zeros(2, 6, **to)
+    sides = {"ours": lambda: ours(x, t, text, pooled, sizes)}
     added = {"text_embeds": pooled, "time_ids": sizes}
-    sides = {
-        "ours": lambda: ours(x, t, text, pooled, sizes),
-        "diffusers": lambda: theirs(x, t, text, added_cond_kwargs=added).sample,
-    }
+    sides["diffusers"] = lambda: theirs(x, t, text, added_cond_kwargs=added).sample
     return compare(f"UNet {name}, {dtype}, batch 2", sides, args)
 
 
 @torch.inference_mode()
 def compare_decoders(name: str, args: argparse.Namespace) -> dict:
-    import diffusers
-
     family, size = FAMILIES[name]
-    theirs = diffusers.AutoencoderKL(**plain(family["vae"])).to(args.device).eval()
+    theirs = diffusers.AutoencoderKL.from_config(family["vae"]).to(args.device).eval()
     ours = build(VAE, read_config(VAEConfig, family["vae"], "vae"))
     ours.load_state_dict(theirs.state_dict(), assign=True)
     z = torch.randn(1, 4, size, size, device=args.device)
@@ -123,13 +94,18 @@ def compare_decoders(name: str, args: argparse.Namespace) -> dict:
 
 def bench_pipeline(args: argparse.Namespace) -> list[dict]:
     """Text to image in four DDIM steps with guidance, at SD1.5's size; loading is not counted."""
-    import diffusers
-
-    folder = random_model(layouts.SD15, args.work / "sd15-float32", torch.float32)
+    tokenizer = Tokenizer.load(MINIATURE / "tokenizer")
+    text_settings = layouts.SD15["text_encoder"] | {"vocab_size": tokenizer.end + 1, "eos_token_id": tokenizer.end}
+    configs, networks = layouts.SD15 | {"text_encoder": text_settings}, {}
+    for name in "unet", "vae", "text_encoder":
+        network_class, config_class = NETWORKS[name]
+        networks[name] = network_class(read_config(config_class, configs[name], name))
     dtype = torch.float16 if args.device.startswith("cuda") else torch.float32
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        StableDiffusion(networks, [tokenizer], configs).save(folder)
+        theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(args.device)
+        ours = StableDiffusion.load(folder, args.device, dtype)
     theirs.set_progress_bar_config(disable=True)
-    ours = StableDiffusion.load(folder, args.device, dtype)
     sides = {
         "ours": lambda: sample.generate(ours, ["a red circle"], 4, 4.0),
         "diffusers": lambda: theirs("a red circle", num_inference_steps=4, guidance_scale=4.0, output_type="np"),
@@ -139,8 +115,6 @@ def bench_pipeline(args: argparse.Namespace) -> list[dict]:
 
 def bench_frechet(args: argparse.Namespace) -> list[dict]:
     """The Frechet distance at Inception's 2048 dimensions: ours, and by the matrix root that the formula names."""
-    from scipy.linalg import sqrtm
-
     args.device, rng = "cpu", np.random.default_rng(0)
     one, two = ((x.mean(0), np.cov(x, rowvar=False)) for x in rng.standard_normal((2, 6000, 2048)) * rng.random(2048))
 
@@ -172,44 +146,7 @@ def bench_step(args: argparse.Namespace) -> list[dict]:
     return [compare("training step to 4 windows, miniature, batch 64", sides, args)]
 
 
-def bench_train(args: argparse.Namespace) -> list[dict]:
-    """Stages 1 and 2 as a user runs them, `train.py --recompute` on cached latents. A backward pass counts as two
-    forward passes; the second forward pass of gradient checkpointing does not count."""
-    rows = []
-    for name, batch in TRAINED.items():
-        family, size = FAMILIES[name]
-        base, flow = random_model(family, args.work / f"train-{name}", torch.float16), args.work / f"flow-{name}"
-        sd = StableDiffusion.load(base, dtype=None)
-        save_flow(sd.unet, flow_scheduler(sd, 8), sd, flow, torch.float16)
-        latents, out = args.work / f"latents-{size}", args.work / "train"
-        write_latents(latents / "0.safetensors", *torch.randn(2, 256, 4, size, size), ["a red circle"] * 256)
-        for stage, teacher, teacher_steps in (1, base, 4), (2, flow, 2):
-            shutil.rmtree(out, ignore_errors=True)
-            command = ["train.py", "--stage", stage, "--teacher", teacher, "--data", latents, "--batch-size", batch]
-            command += ["--iters", args.runs + 5, "--recompute", "--sample-every", 0, "--out", out]
-            subprocess.run([sys.executable, *map(str, command), "--device", args.device], check=True, cwd=ROOT)
-            lines = [json.loads(line) for line in (out / f"stage-{stage}-run/log.jsonl").read_text().splitlines()]
-            nfe = batch * nfe_of_sample(teacher_steps) / statistics.median(line["seconds"] for line in lines[5:])
-            row = {"what": f"training {name}, stage {stage}, batch {batch}, --recompute", "NFE/s": round(nfe, 1)}
-            row |= {"TFLOP/s": round(nfe * forward_flops(family, size) / 1e12, 3)}
-            rows.append(row | {"peak GiB": max(line.get("peak_gib", 0) for line in lines)})
-    return rows
-
-
-def forward_flops(family: dict, size: int) -> int:
-    """Floating-point operations of the UNet's forward pass for one latent: matrix products and convolutions."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    cfg = read_config(UNetConfig, family["unet"], "unet")
-    pooled = (cfg.projection_class_embeddings_input_dim or 0) - 6 * (cfg.addition_time_embed_dim or 0)
-    shapes = (1, 4, size, size), (1,), (1, 77, cfg.cross_attention_dim), (1, pooled), (1, 6)
-    with FlopCounterMode(display=False) as counter:
-        build(UNet, cfg)(*(torch.empty(shape, device="meta") for shape in shapes))
-    return counter.get_total_flops()
-
-
-BENCHES = {"networks": bench_networks, "pipeline": bench_pipeline, "frechet": bench_frechet}
-BENCHES |= {"step": bench_step, "train": bench_train}
+BENCHES = {"networks": bench_networks, "pipeline": bench_pipeline, "frechet": bench_frechet, "step": bench_step}
 
 
 def main() -> None:
@@ -217,7 +154,6 @@ def main() -> None:
     parser.add_argument("what", choices=BENCHES)
     parser.add_argument("--runs", type=int, default=5, help="times that each side is measured")
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
-    parser.add_argument("--work", type=Path, default=Path("out/bench"), help="folder of the random models (GBs)")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
     args.device = choose_device(args.device)
