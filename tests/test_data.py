@@ -17,7 +17,6 @@ from torch.utils.data import Dataset
 import data
 from model import MINIATURE, StableDiffusion
 from support.latents import Latents, write_latents
-from support.loader import load
 from tools import cache
 
 SLOW = pytest.mark.slow
@@ -98,19 +97,6 @@ def test_batches_depend_neither_on_processes_nor_on_interruptions(source, worker
     assert len(whole) == 3 and len(halves[0]) == len(halves[1]) == 2
     for batch, left, right in zip(whole[1:], *halves):
         assert equal(batch, {name: torch.cat([left[name], right[name]]) for name in batch})
-
-
-class Dying(Numbers):
-    def __getitem__(self, n):
-        if n == 5:
-            os.kill(os.getpid(), 9)
-        return {"image": np.zeros(10**6)}
-
-
-@SLOW
-def test_a_reader_that_dies_ends_the_run():
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
-        list(load(Dying(), [[n] for n in range(50)], workers=2))
 
 
 @SLOW

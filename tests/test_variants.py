@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import randomize
-from test_train import CPU, KINDS, compare_with_hand, draw, settings
+from test_train import CPU, compare_with_hand, draw, settings
 
 import reflow
 import sample
@@ -13,11 +13,9 @@ from model import StableDiffusion, flow_scheduler
 from paper import variants
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_on_guided_trajectories_is_that_worked_out_by_hand(request, kind):
-    model, scheduler, windows, steps = KINDS[kind]
-    args = settings(windows=windows, solver_steps=steps, own_starts=0, teacher_guidance=3)
-    compare_with_hand(request.getfixturevalue(model), scheduler, args, variants.trajectory, guidance=3)
+def test_the_loss_on_guided_trajectories_is_that_worked_out_by_hand(sdxl):
+    args = settings(own_starts=0, teacher_guidance=3)
+    compare_with_hand(sdxl, {}, args, variants.trajectory, guidance=3)
 
 
 @pytest.mark.parametrize("share, own", [(0, 0), (0.5, 3), (1, 6)])
