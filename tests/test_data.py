@@ -136,8 +136,7 @@ LINE = '{{"file_name": "{}.png", "{}": "{}"}}\n'
 @pytest.mark.parametrize(
     "files, expected",
     [
-        ({"metadata.jsonl": LINE.format("s/a", "text", "x") + "\n \n"}, ["x"]),
-        ({"metadata.jsonl": "\ufeff" + LINE.format("s/a", "caption", "x")}, ["x"]),
+        ({"metadata.jsonl": "\ufeff" + LINE.format("s/a", "caption", "x") + "\n \n"}, ["x"]),
         ({"metadata.jsonl": LINE.format("s\\\\a", "text", "x")}, ["x"]),
         ({"metadata.csv": '\ufefffile_name,text\r\ns/a.png,"x,\r\n ""y"""\r\n\r\n'}, ['x, "y"']),
         ({f"{s}/metadata.jsonl": LINE.format("a", "text", s) for s in "st"}, ["s", "t"]),
