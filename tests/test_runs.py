@@ -21,11 +21,10 @@ import train
 from model import StableDiffusion
 from paper import variants
 from support import devices, errors, runs
-from support.signals import Stop
+from support.loader import SIGNALS, Stop
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 ALONE = devices.Process(0, 1, torch.device("cpu"))
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 slow = pytest.mark.slow
 
 
