@@ -154,8 +154,7 @@ def load_checkpoint(run: Path, parts: dict[str, object], settings: dict) -> int:
         then = f"go on from {older[-1].name}" if older[-1] else "start anew"
         raise InputError(f"{file} is damaged ({reason}); remove it to {then}") from None
     for name, value in settings.items():
-        if state["settings"].get(name) != value:
-            before = state["settings"].get(name)
+        if (before := state["settings"].get(name)) != value:
             raise InputError(f"{file} was made with {name} {before}, not {value}; --resume keeps settings")
     for name, part in parts.items():
         part.load_state_dict(state[name])

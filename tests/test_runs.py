@@ -263,8 +263,6 @@ def test_a_resumed_run_keeps_its_settings_but_not_how_it_computes_them(begin, tm
     runs.save_checkpoint(ALONE, args.run, state, settings, 2)
     for changed, message in {
         ("lr", 0.5): "lr 0.0003, not 0.5",
-        ("seed", 1): "seed 0, not 1",
-        ("own_starts", 0.5): "own_starts 0.0, not 0.5",
         ("batch_size", 3): "batch 4, not 6",
         ("cooldown", 0.5): "cooldown 0.0, not 0.5",
     }.items():
@@ -296,24 +294,24 @@ def test_one_image_more_is_other_data(tmp_path):
 
 @slow
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(sd15, tmp_path, start):
-    arguments = ["--stage", 1, "--model", sd15, "--iters", 12, "--save-every", 4]
+    arguments = ["--stage", 1, "--model", sd15, "--iters", 6, "--save-every", 2]
     killed, folder = start(*arguments, "--out", tmp_path / "killed"), tmp_path / "killed/stage-1-run"
-    wait_until_logged(killed, folder, 5)  # one update past the first checkpoint
+    wait_until_logged(killed, folder, 3)  # one update past the first checkpoint
     killed.kill()
     killed.communicate()
-    (folder / "step-0000008.pt.partial").write_bytes(b"0" * 1000)
+    (folder / "step-0000004.pt.partial").write_bytes(b"0" * 1000)
     with (folder / "log.jsonl").open("a") as file:
         file.write('{"loss": 0.1')  # as if it had been hit while writing this line
     assert run(*arguments, "--out", tmp_path / "whole") == 0
     assert run(*arguments, "--out", tmp_path / "killed", "--resume") == 0
-    names = {"lock", "log.jsonl", "result", "step-0000008.pt", "step-0000012.pt"}
+    names = {"lock", "log.jsonl", "result", "step-0000004.pt", "step-0000006.pt"}
     assert {path.name for path in folder.iterdir()} == names
     expected, state = (state_of(tmp_path / name / "stage-1-run") for name in ("whole", "killed"))
     for part in "student", "ema", "optimizer", "step":
         torch.testing.assert_close(state[part], expected[part], rtol=0, atol=0)
     assert (tmp_path / "killed/stage-1" / UNET).read_bytes() == (tmp_path / "whole/stage-1" / UNET).read_bytes()
     logs = [log_of(tmp_path / name / "stage-1-run") for name in ("whole", "killed")]
-    assert [line["step"] for line in logs[0]] == list(range(1, 13))
+    assert [line["step"] for line in logs[0]] == list(range(1, 7))
     assert all(line.pop("seconds") >= 0 for log in logs for line in log) and logs[0] == logs[1]
 
 

@@ -1,6 +1,5 @@
 """The trainer: what one update computes, what a stage learns from, and what comes out of it."""
 
-import copy
 import json
 import math
 import shutil
@@ -122,7 +121,7 @@ def loss_by_hand(teacher, student, items, args, guidance=1):
 def compare_with_hand(sd, scheduler, args, trajectory=train.teacher_trajectory, guidance=1):
     teacher, student = StableDiffusion.load(sd), randomize(StableDiffusion.load(sd).unet, 9)
     teacher.configs["scheduler"] = teacher.configs["scheduler"] | scheduler
-    items = draw(6, args.windows)
+    items = draw(4, args.windows)
     items["uncond"][1] = True
     assert len(set(reflow.window_of(items["tau"], args.windows)[0].tolist())) >= 3
     loss, parts = loss_of(student, teacher, items, args, trajectory)
@@ -213,7 +212,7 @@ def test_a_young_average_forgets_faster(step, kept):
 
 
 @slow
-@pytest.mark.parametrize("kind", ["diffusion model", "SDXL", "flow of PeRFlow's SDXL"])
+@pytest.mark.parametrize("kind", ["SDXL", "flow of PeRFlow's SDXL"])
 def test_nothing_is_read_back_from_the_device_on_the_way_to_the_gradient(request, kind):
     model, scheduler, windows, steps = KINDS[kind]
     teacher = helpers.shapes_only(request.getfixturevalue(model), **scheduler)
@@ -222,8 +221,7 @@ def test_nothing_is_read_back_from_the_device_on_the_way_to_the_gradient(request
         teacher.alphas_cumprod[0].item()
     args = settings(windows=windows, solver_steps=steps, own_starts=0.5, teacher_guidance=3)
     with helpers.NoWaiting():
-        for trajectory in train.teacher_trajectory, variants.trajectory:
-            loss_of(student, teacher, draw(2, windows), args, trajectory, ema)[0].backward()
+        loss_of(student, teacher, draw(2, windows), args, variants.trajectory, ema)[0].backward()
     assert all(weight.grad is not None for weight in student.parameters())
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
     torch.optim.AdamW(student.parameters()).step()
@@ -259,15 +257,13 @@ def test_the_optimizer_is_fused_on_a_gpu(sd15, monkeypatch, tmp_path, device):
 
 
 @slow
-def test_compiled_networks_are_one_graph_each_for_all_updates(sd15):
-    teacher = StableDiffusion.load(sd15)
-    teacher.configs["scheduler"] |= PERFLOW
-    student, graphs = copy.deepcopy(teacher.unet).requires_grad_(True), []
-    for network in teacher.unet, student:
-        network.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+def test_a_compiled_student_is_one_graph_for_all_updates(sd15):
+    teacher, graphs = StableDiffusion.load(sd15), []
+    student = StableDiffusion.load(sd15).unet.requires_grad_(True)
+    student.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     for _ in range(2):
-        loss_of(student, teacher, draw(2, windows=4), settings(windows=4, solver_steps=2))[0].backward()
-    assert len(graphs) == 2
+        loss_of(student, teacher, draw(2), settings(solver_steps=1))[0].backward()
+    assert len(graphs) == 1
 
 
 def test_a_caption_left_out_is_the_empty_one(sd15):
