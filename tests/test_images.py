@@ -1,7 +1,6 @@
 """Images as others left them: found, read alike for all uses, or refused with a reason."""
 
 import io
-import random
 import struct
 import zlib
 
@@ -11,7 +10,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from support import images
 from support.errors import InputError
-from support.images import find_images, read_image, settings_of_png
+from support.images import find_images, read_image
 
 RGB = Image.fromarray(np.random.default_rng(8).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 GREY, CLEAR = Image.new("L", (30, 20), 100), Image.new("L", (30, 20), 0)
@@ -115,6 +114,7 @@ def test_what_would_take_too_much_memory_or_cannot_be_known_is_refused(tmp_path,
         (saved(RGB.convert("F"), "tiff"), "levels of grey"),
         (saved(Image.fromarray(DEEP.astype(np.int32) - 1), "tiff"), "levels of grey"),
         (b"no image", "cannot identify"),
+        (saved(RGB, "jpeg")[:400], "cannot be read"),
     ):
         with pytest.raises(ValueError, match=reason):
             pixels(content, upright=True)
@@ -123,20 +123,3 @@ def test_what_would_take_too_much_memory_or_cannot_be_known_is_refused(tmp_path,
     for name, reason in ("nowhere.png", "No such file"), ("x.png", "larger than 100 bytes"):
         with pytest.raises(ValueError, match=reason):
             read_image(tmp_path / name)
-
-
-@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "bmp"])
-def test_damaged_images_are_value_errors_or_images(tmp_path, kind):
-    draw, whole, failed = random.Random(0), saved(RGB, kind, exif=exif(6)), 0
-    for trial in range(100):
-        content = bytearray(whole[: draw.randrange(9, len(whole))] if trial % 3 == 0 else whole)
-        for _ in range(draw.choice([1, 2, 5])):
-            content[draw.randrange(2, len(content))] = draw.randrange(256)
-        try:
-            pixels(content, upright=True, on_white=True)
-        except ValueError:
-            failed += 1
-        if kind == "png":
-            (tmp_path / "x").write_bytes(content)
-            settings_of_png(tmp_path / "x")  # raises nothing
-    assert failed >= 25
