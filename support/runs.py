@@ -196,9 +196,9 @@ def report_divergence(step: int, losses: list[float], run: Path) -> None:
     raise InputError(f"{where} is not finite in update {step}; last good checkpoint: {newest(run)}. Try a lower --lr")
 
 
-def start_training(arguments: list, processes: int, threads: int, **how) -> subprocess.CompletedProcess:
-    """Run the trainer under torchrun, in so many processes of so many threads; `how` is for `subprocess.run`."""
+def start_training(arguments: list, processes: int, threads: int) -> subprocess.CompletedProcess:
+    """Run the trainer under torchrun, in so many processes of so many threads."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     command += ["--module", "paper.variants", *arguments]
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parent.parent)}
-    return subprocess.run([str(part) for part in command], env=env, **how)
+    return subprocess.run([str(part) for part in command], env=env)

@@ -421,7 +421,6 @@ READER_FAILED = "Caught InputError in DataLoader worker\n  support.errors.InputE
     [
         (OSError(28, "No space left on device", "log.jsonl"), "[Errno 28] No space left on device: 'log.jsonl'"),
         (errors.InputError(READER_FAILED), "a is empty"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. \nmore"), "DataLoader worker (pid 7)"),
     ],
 )
 def test_what_ends_a_command_is_one_line(capsys, error, line):
