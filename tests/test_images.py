@@ -68,11 +68,11 @@ def test_images_of_any_mode_become_rgb_opaque_or_on_white(image, kind, settings,
     assert np.array_equal(pixels(content, on_white=True), np.full((20, 30, 3), 255) if transparent else pixels(content))
 
 
-def exif(turn, resolution=1):
-    """EXIF as broken writers make it: how the camera was held, and a resolution, which may be 1 / 0."""
+def exif(turn, resolution=(1, 1)):
+    """EXIF that says how the camera was held, and a resolution: a fraction, which broken writers make -1 / 0."""
     header, more = struct.pack("<IH", 8, 2), bytes(4)
-    entries = struct.pack("<HHII", 0x0112, 3, 1, turn) + struct.pack("<HHII", 282, 5, 1, 38)
-    return b"Exif\0\0II*\0" + header + entries + more + struct.pack("<II", 1, resolution)
+    entries = struct.pack("<HHII", 0x0112, 3, 1, turn) + struct.pack("<HHII", 282, 10, 1, 38)
+    return b"Exif\0\0II*\0" + header + entries + more + struct.pack("<ii", *resolution)
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -84,11 +84,11 @@ def test_images_are_turned_upright_as_pillow_does(turn):
 
 @pytest.mark.parametrize(
     "content, upright",
-    [(exif(6, resolution=0), True), (exif(77), False), (exif(6)[:20], False), (b"Exif\0\0" + bytes(50), False)],
-    ids=["a resolution of 1 / 0", "an unknown orientation", "cut short", "zeros"],
+    [(exif(6, resolution=(-1, 0)), True), (exif(77), False), (exif(6)[:12], False), (b"Exif\0\0" + bytes(50), False)],
+    ids=["a resolution of -1 / 0", "an unknown orientation", "cut short", "zeros"],
 )
 def test_broken_exif_does_no_harm(content, upright):
-    assert pixels(saved(RGB, "jpeg", exif=content), upright=True).shape == ((30, 20, 3) if upright else (20, 30, 3))
+    assert pixels(saved(RGB, exif=content), upright=True).shape == ((30, 20, 3) if upright else (20, 30, 3))
 
 
 def png(width, height):
