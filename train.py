@@ -37,7 +37,7 @@ from support.devices import Process
 from support.errors import InputError, Parser, at_least_0, count, one_line_errors, positive, positive_int, seed
 from support.files import fingerprint, read_json
 from support.images import image_grid, to_pixels, write_png
-from support.signals import Stop
+from support.loader import Stop
 from support.streams import draw_noise
 from unet import ResnetBlock, Transformer, UNet
 

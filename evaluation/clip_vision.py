@@ -35,7 +35,7 @@ class ClipVisionConfig:
     layer_norm_eps: float = 1e-5
     projection_dim: int = 512
 
-    ONLY: ClassVar[dict[str, object]] = {  # see ClipTextConfig
+    ONLY: ClassVar[dict[str, object]] = {  # see support/checks.py
         "hidden_act": ("quick_gelu", "gelu"),
         "attention_dropout": 0.0, "dropout": 0.0, "model_type": "clip_vision_model", "num_channels": 3,
         "initializer_factor": ..., "initializer_range": ..., "torch_dtype": ..., "dtype": ...,
@@ -111,7 +111,7 @@ class ClipImageConfig:
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
-    ONLY: ClassVar[dict[str, object]] = {  # see ClipTextConfig
+    ONLY: ClassVar[dict[str, object]] = {  # see support/checks.py
         "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255,
         "do_pad": False, "use_square_size": False, "default_to_square": ..., "do_convert_rgb": ..., "data_format": ...,
         "input_data_format": ..., "image_processor_type": ..., "feature_extractor_type": ..., "processor_class": ...,

@@ -95,7 +95,7 @@ def orientation(image: Image.Image) -> object:
         return None
 
 
-def to_rgb(image: Image.Image, on_white: bool = False) -> Image.Image:
+def to_rgb(image: Image.Image, on_white: bool) -> Image.Image:
     """An image of any mode as RGB. 16 bits of grey keep their upper 8, as 16 bits of color do in pillow."""
     if image.mode[0] in "IF":
         levels = np.asarray(image)

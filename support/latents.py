@@ -32,7 +32,7 @@ class Latents(Dataset):
             raise InputError(f"{folder} holds no latents (*.safetensors); check the path")
         self.ends = np.cumsum([len(part["mean"]) for part in self.parts])
         note = folder / "made_of.json"
-        if note.exists() and len(self) < (count := read_json(note)["count"]):
+        if note.exists() and len(self) < (count := read_json(note).get("count", 0)):
             raise InputError(f"{folder} holds {len(self)} of {count} latents; repeat its tools.cache command")
 
     def __len__(self) -> int:

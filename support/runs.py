@@ -154,8 +154,7 @@ def load_checkpoint(run: Path, parts: dict[str, object], settings: dict) -> int:
         then = f"go on from {older[-1].name}" if older[-1] else "start anew"
         raise InputError(f"{file} is damaged ({reason}); remove it to {then}") from None
     for name, value in settings.items():
-        if state["settings"].get(name) != value:
-            before = state["settings"].get(name)
+        if (before := state["settings"].get(name)) != value:
             raise InputError(f"{file} was made with {name} {before}, not {value}; --resume keeps settings")
     for name, part in parts.items():
         part.load_state_dict(state[name])
@@ -197,9 +196,9 @@ def report_divergence(step: int, losses: list[float], run: Path) -> None:
     raise InputError(f"{where} is not finite in update {step}; last good checkpoint: {newest(run)}. Try a lower --lr")
 
 
-def start_training(arguments: list, processes: int, threads: int, **how) -> subprocess.CompletedProcess:
-    """Run the trainer under torchrun, in so many processes of so many threads; `how` is for `subprocess.run`."""
+def start_training(arguments: list, processes: int, threads: int) -> subprocess.CompletedProcess:
+    """Run the trainer under torchrun, in so many processes of so many threads."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     command += ["--module", "paper.variants", *arguments]
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parent.parent)}
-    return subprocess.run([str(part) for part in command], env=env, **how)
+    return subprocess.run([str(part) for part in command], env=env)

@@ -1,6 +1,5 @@
 """Which images training sees, and with which draws: a matter of seed and number alone. And data as others write it."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ from torch.utils.data import Dataset
 import data
 from model import MINIATURE, StableDiffusion
 from support.latents import Latents, write_latents
-from support.loader import load
 from tools import cache
 
 SLOW = pytest.mark.slow
@@ -100,19 +98,6 @@ def test_batches_depend_neither_on_processes_nor_on_interruptions(source, worker
         assert equal(batch, {name: torch.cat([left[name], right[name]]) for name in batch})
 
 
-class Dying(Numbers):
-    def __getitem__(self, n):
-        if n == 5:
-            os.kill(os.getpid(), 9)
-        return {"image": np.zeros(10**6)}
-
-
-@SLOW
-def test_a_reader_that_dies_ends_the_run():
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
-        list(load(Dying(), [[n] for n in range(50)], workers=2))
-
-
 @SLOW
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 def test_readers_need_no_shared_memory():
@@ -150,11 +135,11 @@ LINE = '{{"file_name": "{}.png", "{}": "{}"}}\n'
 @pytest.mark.parametrize(
     "files, expected",
     [
-        ({"metadata.jsonl": LINE.format("s/a", "text", "x") + "\n \n"}, ["x"]),
-        ({"metadata.jsonl": "\ufeff" + LINE.format("s/a", "caption", "x")}, ["x"]),
+        ({"metadata.jsonl": "\ufeff" + LINE.format("s/a", "caption", "x") + "\n \n"}, ["x"]),
         ({"metadata.jsonl": LINE.format("s\\\\a", "text", "x")}, ["x"]),
         ({"metadata.csv": '\ufefffile_name,text\r\ns/a.png,"x,\r\n ""y"""\r\n\r\n'}, ['x, "y"']),
         ({f"{s}/metadata.jsonl": LINE.format("a", "text", s) for s in "st"}, ["s", "t"]),
+        ({"metadata.jsonl": LINE.format("s/a", "text", "x") + '{"file_name": "t/a.png", "text": null}'}, ["x", "x"]),
     ],
 )
 def test_captions_come_in_an_index_as_hugging_face_has_it(tmp_path, files, expected, capsys):
@@ -192,26 +177,11 @@ def test_images_and_captions_that_cannot_be_used_are_named_and_the_next_takes_th
     assert len(told) == 6 and all(f"{tmp_path / name}.png is left out" in line for name, line in zip("abcdef", told))
 
 
-@pytest.mark.parametrize("value", [None, ["a", "b"], 3, True, {"en": "x"}, "", "\ud800"], ids=repr)
-def test_what_is_no_caption_never_becomes_words(tmp_path, value, capsys):
-    for name in "ab":
-        write_image(tmp_path / f"{name}.png", caption=None)
-    lines = [json.dumps({"file_name": f"{name}.png", "text": text}) for name, text in (("a", value), ("b", "good"))]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    write_shard(tmp_path / "shards/0.tar", [1], captions=False, facts={"caption": value})
-    write_shard(tmp_path / "shards/1.tar", [2])
-    assert captions(data.Folder(tmp_path, 16)) == ["good"] * 2
-    assert captions(data.Shards(tmp_path / "shards", 16)) == ["caption 2"] * 2
-    assert capsys.readouterr().err.count("is left out: its caption") == 2
-
-
 def test_too_many_bad_images_are_an_error(tmp_path, capsys):
     for i in range(30):
         (tmp_path / f"{i:02d}.png").write_bytes(b"no image")
         (tmp_path / f"{i:02d}.txt").write_text("a caption")
-    assert refusal(data.Folder(tmp_path, 16).__getitem__, 0).startswith("11 of 30 images cannot be used")
-    arguments = "--data", tmp_path, "--out", tmp_path / "latents"
-    assert exit_code(cache, *arguments) == 2
+    assert exit_code(cache, "--data", tmp_path, "--out", tmp_path / "latents") == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: 11 of 30 images cannot be used")
 
 
@@ -372,15 +342,11 @@ def test_what_cannot_be_trained_on_is_refused(latents, tmp_path):
     folder, *_ = latents
     for where in folder, None:
         assert "--augment cannot change drawn scenes or latents" in refusal(data.open_source, where, 64, augment=True)
-    (folder / "made_of.json").write_text('{"count": 6}')
-    assert "holds 5 of 6 latents" in refusal(Latents, folder)
     (tmp_path / "empty").mkdir()
     assert refusal(Latents, tmp_path / "empty").endswith("holds no latents (*.safetensors); check the path")
     rewrite(folder / "b.safetensors", lambda tensors: {"mean": tensors["mean"]})
     message = refusal(Latents, folder)
     assert message == f"{folder / 'b.safetensors'} holds no latents: captions, log_variance missing"
-    (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:-100])
-    assert f"{folder / 'b.safetensors'} is damaged" in refusal(Latents, folder)
 
 
 @pytest.fixture
@@ -425,7 +391,6 @@ def test_an_interrupted_cache_goes_on_and_processes_share_the_work(sd, tmp_path,
 def test_latents_of_another_vae_source_or_number_are_not_mixed(sd, tmp_path):
     cache.cache(sd, data.Scenes(1), 2, tmp_path)
     assert "holds other latents" in refusal(cache.cache, sd, data.Scenes(1), 3, tmp_path)
-    assert "holds other latents" in refusal(cache.cache, sd, data.Scenes(2), 2, tmp_path)
     sd.vae.quant_conv.weight.data += 1
     assert "holds other latents" in refusal(cache.cache, sd, data.Scenes(1), 2, tmp_path)
     (tmp_path / "made_of.json").unlink()
@@ -433,9 +398,8 @@ def test_latents_of_another_vae_source_or_number_are_not_mixed(sd, tmp_path):
 
 
 def test_the_command_caches_and_refuses_in_one_line(tmp_path, capsys):
-    assert (
-        exit_code(cache, "--count", 2, "--out", tmp_path / "latents") == 0 and len(Latents(tmp_path / "latents")) == 2
-    )
+    assert exit_code(cache, "--count", 2, "--out", tmp_path / "latents") == 0
+    assert len(Latents(tmp_path / "latents")) == 2
     capsys.readouterr()
     assert exit_code(cache, "--model", tmp_path / "nowhere") == 2
     assert exit_code(cache, "--data", tmp_path / "latents", "--out", tmp_path / "more") == 2

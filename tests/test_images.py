@@ -1,7 +1,6 @@
 """Images as others left them: found, read alike for all uses, or refused with a reason."""
 
 import io
-import random
 import struct
 import zlib
 
@@ -11,7 +10,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from support import images
 from support.errors import InputError
-from support.images import find_images, read_image, settings_of_png
+from support.images import find_images, read_image
 
 RGB = Image.fromarray(np.random.default_rng(8).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 GREY, CLEAR = Image.new("L", (30, 20), 100), Image.new("L", (30, 20), 0)
@@ -52,13 +51,11 @@ def test_images_are_found_in_natural_order_and_nothing_that_is_hidden(tmp_path):
     "image, kind, settings, level",
     [
         (Image.fromarray(DEEP), "png", {}, DEEP // 256),
-        (Image.fromarray(DEEP), "tiff", {}, DEEP // 256),
         (Image.fromarray(DEEP.astype(np.int32)).convert("I;16B"), "tiff", {}, DEEP // 256),
         (Image.fromarray(DEEP.astype(np.int32)), "tiff", {}, DEEP // 256),
         (GREY.convert("1", dither=0), "bmp", {}, 0),
         (GREY.convert("CMYK"), "tiff", {}, 100),
         (Image.merge("RGBA", (GREY, GREY, GREY, CLEAR)), "png", {}, 100),
-        (Image.merge("RGBA", (GREY, GREY, GREY, CLEAR)), "webp", {"exact": True, "lossless": True}, 100),
         (Image.merge("LA", (GREY, CLEAR)), "png", {}, 100),
         (GREY.convert("P"), "png", {"transparency": bytes(256)}, 100),
         (GREY, "png", {"transparency": 100}, 100),
@@ -71,41 +68,27 @@ def test_images_of_any_mode_become_rgb_opaque_or_on_white(image, kind, settings,
     assert np.array_equal(pixels(content, on_white=True), np.full((20, 30, 3), 255) if transparent else pixels(content))
 
 
-def exif(*entries):
-    """EXIF as broken writers make it: (tag, type, count, value) each."""
-    out, body, start = b"II*\0" + struct.pack("<IH", 8, len(entries)), b"", 8 + 2 + 12 * len(entries) + 4
-    for tag, kind, count, value in sorted(entries):
-        if len(value) > 4:
-            value, body = struct.pack("<I", start + len(body)), body + value
-        out += struct.pack("<HHI", tag, kind, count) + value.ljust(4, b"\0")
-    return b"Exif\0\0" + out + bytes(4) + body
-
-
-def held(turn):
-    return 0x0112, 3, 1, struct.pack("<H", turn)
+def exif(turn, resolution=(1, 1)):
+    """EXIF that says how the camera was held, and a resolution: a fraction, which broken writers make -1 / 0."""
+    header, more = struct.pack("<IH", 8, 2), bytes(4)
+    entries = struct.pack("<HHII", 0x0112, 3, 1, turn) + struct.pack("<HHII", 282, 10, 1, 38)
+    return b"Exif\0\0II*\0" + header + entries + more + struct.pack("<ii", *resolution)
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_images_are_turned_upright_as_pillow_does(turn):
-    content = saved(RGB, exif=exif(held(turn)))
+    content = saved(RGB, exif=exif(turn))
     assert np.array_equal(pixels(content, upright=True), ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
     assert np.array_equal(pixels(content), RGB)
 
 
 @pytest.mark.parametrize(
     "content, upright",
-    [
-        (exif(held(6), (282, 10, 1, struct.pack("<ii", -1, 0))), True),  # a resolution of -1 / 0
-        (exif(held(6), (282, 2, 3, b"72\0")), True),  # as text
-        (exif(held(6), (257, 2, 5, b"desc\0")), True),
-        (exif((0x0112, 2, 6, b"right\0")), False),  # an orientation in words
-        (exif(held(77)), False),
-        (exif(held(6))[:20], False),
-        (b"Exif\0\0" + bytes(50), False),
-    ],
+    [(exif(6, resolution=(-1, 0)), True), (exif(77), False), (exif(6)[:12], False), (b"Exif\0\0" + bytes(50), False)],
+    ids=["a resolution of -1 / 0", "an unknown orientation", "cut short", "zeros"],
 )
 def test_broken_exif_does_no_harm(content, upright):
-    assert pixels(saved(RGB, "jpeg", exif=content), upright=True).shape == ((30, 20, 3) if upright else (20, 30, 3))
+    assert pixels(saved(RGB, exif=content), upright=True).shape == ((30, 20, 3) if upright else (20, 30, 3))
 
 
 def png(width, height):
@@ -131,6 +114,7 @@ def test_what_would_take_too_much_memory_or_cannot_be_known_is_refused(tmp_path,
         (saved(RGB.convert("F"), "tiff"), "levels of grey"),
         (saved(Image.fromarray(DEEP.astype(np.int32) - 1), "tiff"), "levels of grey"),
         (b"no image", "cannot identify"),
+        (saved(RGB, "jpeg")[:400], "cannot be read"),
     ):
         with pytest.raises(ValueError, match=reason):
             pixels(content, upright=True)
@@ -139,20 +123,3 @@ def test_what_would_take_too_much_memory_or_cannot_be_known_is_refused(tmp_path,
     for name, reason in ("nowhere.png", "No such file"), ("x.png", "larger than 100 bytes"):
         with pytest.raises(ValueError, match=reason):
             read_image(tmp_path / name)
-
-
-@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "bmp"])
-def test_damaged_images_are_value_errors_or_images(tmp_path, kind):
-    draw, whole, failed = random.Random(0), saved(RGB, kind, exif=exif(held(6))), 0
-    for trial in range(200):
-        content = bytearray(whole[: draw.randrange(9, len(whole))] if trial % 3 == 0 else whole)
-        for _ in range(draw.choice([1, 2, 5])):
-            content[draw.randrange(2, len(content))] = draw.randrange(256)
-        try:
-            pixels(content, upright=True, on_white=True)
-        except ValueError:
-            failed += 1
-        if kind == "png":
-            (tmp_path / "x").write_bytes(content)
-            settings_of_png(tmp_path / "x")  # raises nothing
-    assert failed >= 50

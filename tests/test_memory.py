@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from helpers import UNET
 
@@ -33,6 +34,7 @@ def test_weights_gradients_moments_and_ema_are_those_of_an_update():
     assert parts["VAE, fp32"] == 110 * 4 and parts["text encoders, bf16"] == 20 * 2
 
 
+@pytest.mark.slow
 def test_activations_are_those_that_a_real_forward_pass_saves():
     unet, saved = small().bfloat16(), {}
     weights = {weight.untyped_storage()._cdata for weight in unet.parameters()}

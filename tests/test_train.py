@@ -1,12 +1,10 @@
 """The trainer: what one update computes, what a stage learns from, and what comes out of it."""
 
-import copy
 import json
 import math
 import shutil
 import signal
 import subprocess
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import helpers
@@ -122,7 +120,7 @@ def loss_by_hand(teacher, student, items, args, guidance=1):
 def compare_with_hand(sd, scheduler, args, trajectory=train.teacher_trajectory, guidance=1):
     teacher, student = StableDiffusion.load(sd), randomize(StableDiffusion.load(sd).unet, 9)
     teacher.configs["scheduler"] = teacher.configs["scheduler"] | scheduler
-    items = draw(6, args.windows)
+    items = draw(4, args.windows)
     items["uncond"][1] = True
     assert len(set(reflow.window_of(items["tau"], args.windows)[0].tolist())) >= 3
     loss, parts = loss_of(student, teacher, items, args, trajectory)
@@ -186,18 +184,13 @@ def test_a_batch_gives_the_same_gradient_however_it_is_computed(sd15, tmp_path, 
 
 @slow
 def test_recomputing_runs_each_block_again_on_the_way_back(sd15):
-    counts = []
-    for recomputed in False, True:
-        teacher, student = StableDiffusion.load(sd15), StableDiffusion.load(sd15).unet.requires_grad_(True)
-        if recomputed:
-            train.checkpoint_activations(student)
-        calls = []
-        for module in student.modules():
-            if isinstance(module, ResnetBlock):
-                module.conv1.register_forward_pre_hook(lambda *_: calls.append(1))  # noqa: B023
-        loss_of(student, teacher, draw(1), settings(solver_steps=1))[0].backward()
-        counts.append(len(calls))
-    assert counts[0] > 0 and counts[1] == 2 * counts[0]
+    teacher, student, calls = StableDiffusion.load(sd15), StableDiffusion.load(sd15).unet.requires_grad_(True), []
+    train.checkpoint_activations(student)
+    blocks = [module for module in student.modules() if isinstance(module, ResnetBlock)]
+    for block in blocks:
+        block.conv1.register_forward_pre_hook(lambda *_: calls.append(1))
+    loss_of(student, teacher, draw(1), settings(solver_steps=1))[0].backward()
+    assert len(calls) == 2 * len(blocks)
 
 
 def test_the_learning_rate_rises_stays_and_falls():
@@ -208,7 +201,7 @@ def test_the_learning_rate_rises_stays_and_falls():
     assert [train.learning_rate(step, constant) for step in (0, 50, 99)] == [2.0, 2.0, 2.0]
 
 
-@pytest.mark.parametrize("step, kept", [(0, 0.1), (8, 0.5), (80, 0.9), (1000, 0.95)])
+@pytest.mark.parametrize("step, kept", [(8, 0.5), (1000, 0.95)])
 def test_a_young_average_forgets_faster(step, kept):
     ema, network = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     expected = [kept * a + (1 - kept) * b for a, b in zip(ema.parameters(), network.parameters())]
@@ -218,7 +211,7 @@ def test_a_young_average_forgets_faster(step, kept):
 
 
 @slow
-@pytest.mark.parametrize("kind", ["diffusion model", "SDXL", "flow of PeRFlow's SDXL"])
+@pytest.mark.parametrize("kind", ["SDXL", "flow of PeRFlow's SDXL"])
 def test_nothing_is_read_back_from_the_device_on_the_way_to_the_gradient(request, kind):
     model, scheduler, windows, steps = KINDS[kind]
     teacher = helpers.shapes_only(request.getfixturevalue(model), **scheduler)
@@ -227,8 +220,7 @@ def test_nothing_is_read_back_from_the_device_on_the_way_to_the_gradient(request
         teacher.alphas_cumprod[0].item()
     args = settings(windows=windows, solver_steps=steps, own_starts=0.5, teacher_guidance=3)
     with helpers.NoWaiting():
-        for trajectory in train.teacher_trajectory, variants.trajectory:
-            loss_of(student, teacher, draw(2, windows), args, trajectory, ema)[0].backward()
+        loss_of(student, teacher, draw(2, windows), args, variants.trajectory, ema)[0].backward()
     assert all(weight.grad is not None for weight in student.parameters())
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
     torch.optim.AdamW(student.parameters()).step()
@@ -236,43 +228,13 @@ def test_nothing_is_read_back_from_the_device_on_the_way_to_the_gradient(request
 
 
 @slow
-def test_a_device_is_waited_for_once_in_an_update(sd15, tmp_path, monkeypatch):
-    waits, teacher = [], helpers.shapes_only(sd15)
-    student, tolist = build(UNet, teacher.unet.cfg).requires_grad_(True), torch.Tensor.tolist
-
-    def told(numbers):
-        waits.extend([numbers.device.type] if numbers.device.type == "meta" else [])
-        return [0.0] * len(numbers) if numbers.device.type == "meta" else tolist(numbers)
-
-    monkeypatch.setattr(torch.Tensor, "tolist", told)
-    monkeypatch.setattr(train.Process, "start", lambda _: train.Process(0, 1, torch.device("meta")))
-    monkeypatch.setattr(train, "load_networks", lambda *_: (teacher, student))
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no such device
-    monkeypatch.setattr(train.runs, "save_checkpoint", lambda *_: None)
-    monkeypatch.setattr(train, "save_flow", lambda *_: None)
-    assert run("--stage", 1, "--model", sd15, "--iters", 1, "--windows", 32, "--out", tmp_path) == 0
-    assert waits == ["meta"]
-
-
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_the_optimizer_is_fused_on_a_gpu(sd15, monkeypatch, tmp_path, device):
-    """Then its counters are there, too; elsewhere each update would wait for them."""
-    monkeypatch.setattr(train, "load_networks", lambda *_: (StableDiffusion.load(sd15), torch.nn.Linear(1, 1)))
-    args = train.arguments().parse_args(["--stage", "1", "--model", str(sd15), "--out", str(tmp_path)])
-    _, parts, *_ = train.begin(args, train.Process(1, 2, torch.device(device)))
-    assert parts["optimizer"].defaults["fused"] == (device == "cuda")
-
-
-@slow
-def test_compiled_networks_are_one_graph_each_for_all_updates(sd15):
-    teacher = StableDiffusion.load(sd15)
-    teacher.configs["scheduler"] |= PERFLOW
-    student, graphs = copy.deepcopy(teacher.unet).requires_grad_(True), []
-    for network in teacher.unet, student:
-        network.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+def test_a_compiled_student_is_one_graph_for_all_updates(sd15):
+    teacher, graphs = StableDiffusion.load(sd15), []
+    student = StableDiffusion.load(sd15).unet.requires_grad_(True)
+    student.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     for _ in range(2):
-        loss_of(student, teacher, draw(2, windows=4), settings(windows=4, solver_steps=2))[0].backward()
-    assert len(graphs) == 2
+        loss_of(student, teacher, draw(2), settings(solver_steps=1))[0].backward()
+    assert len(graphs) == 1
 
 
 def test_a_caption_left_out_is_the_empty_one(sd15):
@@ -295,41 +257,37 @@ def test_cached_latents_stand_for_their_images(sd15):
 # ---- stages and baselines ----
 
 DIFFUSION = SimpleNamespace(windows=None)
-FOUR, EIGHT = SimpleNamespace(windows=4), SimpleNamespace(windows=8)
+EIGHT = SimpleNamespace(windows=8)
 
 
 @pytest.mark.parametrize(
     "teacher, windows, steps",
-    [(DIFFUSION, 8, 4), (DIFFUSION, 4, 8), (DIFFUSION, 1, 32), (EIGHT, 4, 2), (FOUR, 2, 2), (EIGHT, 1, 8)],
+    [(DIFFUSION, 8, 4), (DIFFUSION, 3, 11), (DIFFUSION, 1, 32), (DIFFUSION, 64, 1), (EIGHT, 4, 2), (EIGHT, 1, 8)],
 )
 def test_a_window_gets_its_share_of_32_ddim_steps_or_a_step_for_each_window_it_merges(teacher, windows, steps):
-    assert (
-        train.solver_steps(teacher, windows) == steps and train.solver_steps(teacher, windows, 2 * steps) == 2 * steps
-    )
+    assert train.solver_steps(teacher, windows) == steps
+    assert train.solver_steps(teacher, windows, 2 * steps) == 2 * steps
     if teacher.windows:  # a step across a boundary of the teacher's windows would be no step of its trajectory
         assert f"a multiple of {steps}" in refusal(train.solver_steps, teacher, windows, 2 * steps + 1)
     assert f"at most {1000 // windows}" in refusal(train.solver_steps, teacher, windows, 1000 // windows + 1)
 
 
-@pytest.mark.parametrize("teacher, windows", [(DIFFUSION, 3), (DIFFUSION, 64), (FOUR, 3), (FOUR, 4), (FOUR, 8)])
-def test_windows_that_cannot_be_merged_are_refused(teacher, windows):
-    kind = f"a flow of {teacher.windows} windows" if teacher.windows else "32 teacher steps"
-    message = refusal(train.solver_steps, teacher, windows)
-    assert message.startswith(f"{kind} cannot be merged into {windows} windows; take a smaller divisor of ")
+@pytest.mark.parametrize("windows", [3, 8, 16])
+def test_windows_that_cannot_be_merged_are_refused_with_those_that_can(windows):
+    message = refusal(train.solver_steps, EIGHT, windows)
+    assert message == f"the teacher, a flow of 8 windows, merges into 1, 2, 4 of them, not {windows}"
 
 
 @slow
-@pytest.mark.parametrize("stage, windows, steps", [(["--stage", 2], 4, 8), (["--windows", 1], 1, 32)])
-def test_baselines_learn_from_a_diffusion_model_in_one_stage(sd15, tmp_path, monkeypatch, stage, windows, steps):
-    grids = []
-    ddim = reflow.ddim
+def test_the_baseline_learns_from_a_diffusion_model_in_one_stage(sd15, tmp_path, monkeypatch):
+    grids, ddim = [], reflow.ddim
     monkeypatch.setattr(reflow, "ddim", lambda eps, z, abar, grid: grids.append(grid) or ddim(eps, z, abar, grid))
-    arguments = [*stage, "--teacher", sd15, "--alpha", 0, "--iters", 1, "--batch-size", 1, "--out", tmp_path]
-    assert run(*arguments, "--name", "baseline") == 0
-    assert len(grids) == 1 and len(grids[0]) == steps + 1 and grids[0][0] - grids[0][-1] == 1000 // windows
+    arguments = ["--stage", 2, "--teacher", sd15, "--alpha", 0, "--iters", 1, "--name", "baseline", "--out", tmp_path]
+    assert run(*arguments) == 0
+    assert len(grids) == 1 and len(grids[0]) == 8 + 1 and (grids[0][0] - grids[0][-1] == 250).all()
     (line,) = log_of(tmp_path / "baseline-run")
     assert line["loss"] == line["mse"] and line["cos"] > 0
-    assert StableDiffusion.load(tmp_path / "baseline").windows == windows
+    assert StableDiffusion.load(tmp_path / "baseline").windows == 4
 
 
 @pytest.fixture(scope="module")
@@ -347,9 +305,8 @@ def stages(sd15, tmp_path_factory):
 def test_a_stage_makes_a_flow_that_diffusers_opens_too(stages):
     out, _ = stages
     flow, base = StableDiffusion.load(out / "stage-1"), StableDiffusion.load(out / "base")
-    assert (flow.windows, flow.prediction_type) == (8, "ddim_eps") and StableDiffusion.load(
-        out / "stage-2"
-    ).windows == 4
+    assert (flow.windows, flow.prediction_type) == (8, "ddim_eps")
+    assert StableDiffusion.load(out / "stage-2").windows == 4
     prompts = ["the cat", "a red cat"]
     images = sample.generate(flow, prompts, 8, 2.0)
     assert np.abs(images.astype(int) - sample.generate(base, prompts, 8, 2.0)).max() > 10
@@ -362,20 +319,15 @@ def test_a_stage_makes_a_flow_that_diffusers_opens_too(stages):
 
 
 @slow
-def test_a_stage_keeps_the_average_in_half_precision(stages):
-    out, _ = stages
+def test_a_stage_keeps_the_average_in_half_precision_and_all_other_files_of_its_base(stages):
+    out, before = stages
     state = state_of(out / "stage-1-run")
     unet = StableDiffusion.load(out / "stage-1", dtype=None).unet.state_dict()
     assert all(torch.equal(weight, state["ema"][name].half()) for name, weight in unet.items())
     assert {weight.dtype for part in ("ema", "student") for weight in state[part].values()} == {torch.float32}
     assert not any(torch.equal(weight, state["student"][name].half()) for name, weight in unet.items())
-
-
-@slow
-def test_a_stage_has_all_files_of_its_base_and_changes_none(stages):
-    out, before = stages
     assert {path: (out / "base" / path).read_bytes() for path in before} == before
-    for stage in "base", "stage-1", "stage-2":
+    for stage in "stage-1", "stage-2":
         files = {file.relative_to(out / stage) for file in (out / stage).rglob("*") if file.is_file()}
         assert files == before.keys()
 
@@ -384,11 +336,11 @@ def test_a_stage_has_all_files_of_its_base_and_changes_none(stages):
 def test_a_line_of_the_log_is_that_of_an_update(stages):
     out, _ = stages
     lines = log_of(out / "stage-1-run")
-    names = {"step", "loss", "mse", "cos", "grad_norm", "lr", "seconds"}
-    assert all(line.pop("left_out") == 0 and line.keys() == names and min(line.values()) > 0 for line in lines)
-    assert [line["step"] for line in lines] == [1, 2]
-    assert [line["lr"] for line in lines] == pytest.approx([0.01, 0.01])  # the cool-down begins after half of two
-    assert all(line["loss"] == pytest.approx(line["mse"] + 0.1 * line["cos"], rel=1e-4) for line in lines)
+    assert [(line["step"], line["lr"], line["left_out"]) for line in lines] == [(1, 0.01, 0), (2, 0.01, 0)]
+    names = {"step", "loss", "mse", "cos", "grad_norm", "lr", "left_out", "seconds"}
+    for line in lines:
+        assert line.keys() == names and min(line[name] for name in names - {"left_out"}) > 0
+        assert line["loss"] == pytest.approx(line["mse"] + 0.1 * line["cos"], rel=1e-4)
 
 
 @slow
@@ -412,24 +364,17 @@ def test_sdxl_is_given_the_sizes_of_each_image(sdxl):
 # ---- what is refused ----
 
 REFUSED = {
-    "": "name a --stage; or, for a stage of your own, --windows and --teacher",
     "--windows 4": "name a --stage; or, for a stage of your own, --windows and --teacher",
     "--stage 1 --model nowhere": "the model nowhere does not exist; check the path",
-    "--stage 1 --student nowhere": "the model nowhere does not exist; check the path",
     "--stage 2": "stage-1 does not exist; train stage 1 first, or name a --teacher",
     "--stage 1 --model {file}": "is a single file; make a folder of it: python -m tools.convert ",
-    "--stage 1 --data nowhere": "nowhere does not exist; check the path",
-    "--stage 1 --data {empty}": "holds neither latents nor captioned images",
-    "--stage 1 --data {other_vae}": "holds latents of another VAE",
-    "--stage 1 --data {broken}": "12 images cannot be used",
+    "--stage 1 --data {latents}": "holds latents of another VAE",
     "--stage 1 --student {sdxl}": "is not built as the teacher",
     "--stage 1 --student {perflow}": "is not built as the teacher",
     "--stage 1 --device nothing": "--device nothing cannot be used here",
     "--stage 1 --device meta": "--device meta cannot be used here",
-    "--stage 5": "--stage: invalid choice",
     "--name .. --stage 1": "--name .. is not the name of a folder",
     "--name . --stage 1": "--name . is not the name of a folder",
-    "--name a/b --stage 1": "--name a/b is not the name of a folder",
 }
 
 
@@ -437,17 +382,13 @@ REFUSED = {
 def places(sd15, sdxl, tmp_path_factory):
     """The folders that `REFUSED` names."""
     root = tmp_path_factory.mktemp("places")
-    for name in "empty", "other_vae", "broken":
-        (root / name).mkdir()
-    write_latents(root / "other_vae/a.safetensors", *torch.ones(2, 3, 4, 8, 8), ["a"] * 3)
-    helpers.write(root / "other_vae/made_of.json", {"vae": "123"})
-    for i in range(12):
-        (root / f"broken/{i}.png").write_bytes(b"no image")
-        (root / f"broken/{i}.txt").write_text("a caption")
+    (root / "latents").mkdir()
+    write_latents(root / "latents/a.safetensors", *torch.ones(2, 3, 4, 8, 8), ["a"] * 3)
+    helpers.write(root / "latents/made_of.json", {"vae": "123"})
     shutil.copytree(sd15, root / "perflow")
     helpers.edit(root / "perflow/scheduler/scheduler_config.json", **PERFLOW, prediction_type="diff_eps")
     file = sd15 / "unet/diffusion_pytorch_model.safetensors"
-    return {name: root / name for name in ("empty", "other_vae", "broken", "perflow")} | {"sdxl": sdxl, "file": file}
+    return {"latents": root / "latents", "perflow": root / "perflow", "sdxl": sdxl, "file": file}
 
 
 @pytest.mark.parametrize("arguments", [pytest.param(a, marks=[slow] if "{" in a else []) for a in REFUSED])
@@ -460,9 +401,7 @@ def test_a_wrong_argument_is_one_clear_line_and_exit_code_2(sd15, places, tmp_pa
     assert not (tmp_path / "stage-1").exists()
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_the_diverged_process_is_named(tmp_path, loss):
-    message = refusal(train.runs.report_divergence, 8, [0.0, 1.0, loss, 2.0], tmp_path)
-    expected = "the loss of rank 2 is not finite in update 8; last good checkpoint: none was written yet"
-    assert message.startswith(expected)
+def test_the_diverged_processes_are_named(tmp_path):
+    message = refusal(train.runs.report_divergence, 8, [0.0, math.nan, 1.0, math.inf], tmp_path)
+    assert message.startswith("the loss of rank 1, 3 is not finite in update 8; last good checkpoint: none was written")
     assert refusal(train.runs.report_divergence, 8, [1.0], tmp_path).startswith("the gradient is not finite in")

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data import Scenes, open_source
+from data import open_source
 from model import MINIATURE, StableDiffusion
 from support import errors
 from support.devices import choose_device, rank_and_world
@@ -59,12 +59,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of captioned images, or tar shards; default: drawn scenes")
     parser.add_argument("--size", type=positive_int, help="height and width in pixels; default: the model's")
     parser.add_argument("--count", type=positive_int, help="how many images; default: all; 100,000 scenes")
-    parser.add_argument("--seed", type=errors.seed, default=0, help="of the drawn scenes")
     parser.add_argument("--workers", type=errors.count, default=0, help="processes that make images")
     args = parser.parse_args()
     with errors.one_line_errors(parser, "stopped; the same command goes on where it was"):
         sd = StableDiffusion.load(args.model, "cpu", None)
-        source = open_source(args.data, sd.image_size(args.size)) if args.data else Scenes(args.seed)
+        source = open_source(args.data, sd.image_size(args.size))
         if isinstance(source, Latents):
             raise InputError(f"{args.data} holds latents already")
         count = args.count or (len(source) if args.data else 100_000)

@@ -13,35 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_text import ClipText, ClipTextConfig
-from support import layouts
+from model import NETWORKS
+from support.official import OFFICIAL
 from support.weights import build, read_config
 from unet import ResnetBlock, Transformer, UNet, UNetConfig
-from vae import VAE, VAEConfig
 
 GIB = 2**30
 FP32, BF16 = 4, 2  # bytes
-CLASSES = {"unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig)}
-
-
-def count(network: nn.Module) -> int:
-    return sum(weight.numel() for weight in network.parameters())
-
-
-def networks_of(family: str) -> dict[str, nn.Module]:
-    """The networks of "SD1.5" or "SDXL" in their official sizes, without memory."""
-    configs = layouts.OFFICIAL[family]
-    names = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if name in configs]
-    classes = {name: CLASSES.get(name, (ClipText, ClipTextConfig)) for name in names}
-    return {
-        name: build(network, read_config(config, configs[name], name)) for name, (network, config) in classes.items()
-    }
 
 
 def fixed(networks: dict[str, nn.Module]) -> dict[str, int]:
     """Bytes that do not depend on the batch, by what they are for (`train.py`)."""
-    unet = count(networks["unet"])
-    texts = sum(count(network) for name, network in networks.items() if name.startswith("text"))
+    counts = {name: sum(weight.numel() for weight in network.parameters()) for name, network in networks.items()}
+    unet, vae = counts.pop("unet"), counts.pop("vae")
     return {
         "student, fp32": FP32 * unet,
         "gradients": FP32 * unet,  # DDP's buckets are views of them
@@ -49,8 +33,8 @@ def fixed(networks: dict[str, nn.Module]) -> dict[str, int]:
         "EMA": FP32 * unet,
         "student in bf16, kept by autocast": BF16 * unet,
         "teacher, bf16": BF16 * unet,
-        "text encoders, bf16": BF16 * texts,
-        "VAE, fp32": FP32 * count(networks["vae"]),
+        "text encoders, bf16": BF16 * sum(counts.values()),
+        "VAE, fp32": FP32 * vae,
     }
 
 
@@ -64,7 +48,7 @@ def activations(cfg: UNetConfig, batch: int, pixels: int, recompute: bool) -> in
     of all blocks, and what the largest block computes again."""
     unet = build(UNet, cfg).to(torch.bfloat16).requires_grad_(True)
     weights = {weight.untyped_storage()._cdata for weight in unet.parameters()}
-    saved, blocks, inputs = {}, [], []  # saved: storage -> bytes; each counts once
+    saved, blocks, inputs = {}, [], []  # saved: storage -> (bytes, tensor); each counts once
 
     def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -88,9 +72,8 @@ def activations(cfg: UNetConfig, batch: int, pixels: int, recompute: bool) -> in
             module.register_forward_hook(after)
     with torch.device("meta"):
         x = torch.empty(batch, 4, pixels // 8, pixels // 8, dtype=torch.bfloat16)
-        context = torch.empty(batch, 77, cfg.cross_attention_dim, dtype=torch.bfloat16)
-        pooled = torch.empty(batch, 1280, dtype=torch.bfloat16)
-        t, time_ids = torch.empty(batch), torch.empty(batch, 6)
+        t, context = torch.empty(batch), torch.empty(batch, 77, cfg.cross_attention_dim, dtype=torch.bfloat16)
+        pooled, time_ids = torch.empty(batch, 1280, dtype=torch.bfloat16), torch.empty(batch, 6)
     attention = mock.patch.object(F, "scaled_dot_product_attention", flash_attention)
     with attention, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         unet(x, t, context, pooled, time_ids)
@@ -100,17 +83,16 @@ def activations(cfg: UNetConfig, batch: int, pixels: int, recompute: bool) -> in
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for family, pixels in ("SD1.5", 512), ("SDXL", 1024):
-        networks = networks_of(family)
-        parts = fixed(networks)
+        official = {name: OFFICIAL[family][name] for name in NETWORKS if name in OFFICIAL[family]}
+        configs = {name: read_config(NETWORKS[name][1], settings, name) for name, settings in official.items()}
+        parts = fixed({name: build(NETWORKS[name][0], config) for name, config in configs.items()})
         base = sum(parts.values())
         print(f"{family}, {pixels} pixels: {base / GIB:.1f} GiB without activations")
         for name, size in parts.items():
             print(f"  {name}: {size / GIB:.1f}")
-        for recompute in False, True:
-            batches = 1, 2, 4, 8
-            sizes = [(base + activations(networks["unet"].cfg, n, pixels, recompute)) / GIB for n in batches]
-            how = "with --recompute" if recompute else "without --recompute"
-            print(f"  in all {how}: " + ", ".join(f"{size:.1f} at batch {n}" for size, n in zip(sizes, batches)))
+        for flag, recompute in ("--no-recompute", False), ("--recompute", True):
+            sizes = {n: base + activations(configs["unet"], n, pixels, recompute) for n in (1, 2, 4, 8)}
+            print(f"  in all, {flag}: " + ", ".join(f"{size / GIB:.1f} at batch {n}" for n, size in sizes.items()))
 
 
 if __name__ == "__main__":
