@@ -5,6 +5,7 @@ import math
 import shutil
 import signal
 import subprocess
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import helpers
@@ -405,3 +406,22 @@ def test_the_diverged_processes_are_named(tmp_path):
     message = refusal(train.runs.report_divergence, 8, [0.0, math.nan, 1.0, math.inf], tmp_path)
     assert message.startswith("the loss of rank 1, 3 is not finite in update 8; last good checkpoint: none was written")
     assert refusal(train.runs.report_divergence, 8, [1.0], tmp_path).startswith("the gradient is not finite in")
+@slow
+def test_a_device_is_waited_for_once_in_an_update(sd15, tmp_path, monkeypatch):
+    waits, teacher = [], helpers.shapes_only(sd15)
+    student, tolist = build(UNet, teacher.unet.cfg).requires_grad_(True), torch.Tensor.tolist
+
+    def told(numbers):
+        waits.extend([numbers.device.type] if numbers.device.type == "meta" else [])
+        return [0.0] * len(numbers) if numbers.device.type == "meta" else tolist(numbers)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", told)
+    monkeypatch.setattr(train.Process, "start", lambda _: train.Process(0, 1, torch.device("meta")))
+    monkeypatch.setattr(train, "load_networks", lambda *_: (teacher, student))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no such device
+    monkeypatch.setattr(train.runs, "save_checkpoint", lambda *_: None)
+    monkeypatch.setattr(train, "save_flow", lambda *_: None)
+    assert run("--stage", 1, "--model", sd15, "--iters", 1, "--windows", 32, "--out", tmp_path) == 0
+    assert waits == ["meta"]
+
+
