@@ -10,8 +10,7 @@ weighs both alike. So the paper adds weight to the second part, freed of the mag
 
     L = mean((v_pred - v)^2) + alpha (1 - cos(v_pred, v))
 
-The paper writes |v_pred - v|^2; whether it means the sum or the mean over elements, and its alpha, are not known.
-Shapes: B batch, D numbers in a sample's latent, flattened. Read `reflow.py` before this file.
+The paper's alpha is not known, nor whether its square is a sum or a mean. Shapes: B batch, D numbers of a latent.
 """
 
 import torch

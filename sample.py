@@ -116,7 +116,7 @@ def notices(sd: StableDiffusion, args: argparse.Namespace, prompts: list[str], g
         print("notice: --negative-prompt has no effect without guidance (--guidance 1)", file=sys.stderr)
     if guidance == 0:
         print("notice: --guidance 0 ignores the prompt; 1 is no guidance", file=sys.stderr)
-    if "trained_guidance" in sd.configs["scheduler"] and guidance != 1:
+    if sd.guidance == 1 and guidance != 1:
         print("notice: this flow holds guidance already; --guidance adds to it", file=sys.stderr)
 
 
@@ -180,9 +180,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=FLOW, help="model folder, or single .safetensors file")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer(s), for a single file")
     parser.add_argument("--variant", help="which of a folder's weight files, such as fp16")
-    parser.add_argument(
-        "--steps", type=positive_int, default=4, help="network evaluations per image (two each with guidance)"
-    )
+    parser.add_argument("--steps", type=positive_int, default=4, help="network evaluations; with guidance, half of them")
     parser.add_argument(
         "--guidance", type=at_least_0, help="guidance scale, 1: none; default: 4, or 1 for guided flows"
     )

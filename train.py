@@ -35,8 +35,9 @@ from support import runs
 from support.captions import read_prompts
 from support.devices import Process
 from support.errors import InputError, Parser, at_least_0, count, one_line_errors, positive, positive_int, seed
-from support.files import fingerprint, read_json
+from support.files import read_json
 from support.images import image_grid, to_pixels, write_png
+from support.latents import check_vae
 from support.loader import Stop
 from support.streams import draw_noise
 from unet import ResnetBlock, Transformer, UNet
@@ -53,13 +54,15 @@ PROMPTS = Path(__file__).parent / "docs/demo_prompts.txt"  # of the sample sheet
 # smooth in time and learns the mean of both. With most times at the starts it tells them apart.
 # cooldown: the share of updates, at the end, in which the learning rate falls to zero.
 # Batches fit one GPU of 24 GB (SD1.5, 512 pixels) and 80 GB (SDXL, 1024): python -m tools.memory
-PUBLISHED = {"iters": 10_000, "warmup": 500, "ema": 0.9999, "starts": 0.0, "cooldown": 0.0, "recompute": True}
+PUBLISHED = {
+    "iters": 10_000, "warmup": 500, "ema": 0.9999, "starts": 0.0, "cooldown": 0.0, "gradient_checkpointing": True,
+}  # fmt: skip
 DEFAULTS = {
-    768: PUBLISHED | {"batch_size": 8, "accumulate": 4, "lr": 8e-5},
-    2048: PUBLISHED | {"batch_size": 8, "accumulate": 2, "lr": 1e-4},
+    768: PUBLISHED | {"batch_size": 8, "grad_accum_steps": 4, "lr": 8e-5},
+    2048: PUBLISHED | {"batch_size": 8, "grad_accum_steps": 2, "lr": 1e-4},
     "smaller": {
-        "iters": 600, "warmup": 100, "ema": 0.999, "starts": 0.75, "cooldown": 0.5, "batch_size": 64,
-        "accumulate": 1, "recompute": False, "lr": 3e-4,
+        "iters": 600, "warmup": 100, "ema": 0.999, "starts": 0.75, "cooldown": 0.5, "gradient_checkpointing": False,
+        "batch_size": 64, "grad_accum_steps": 1, "lr": 3e-4,
     },
 }  # fmt: skip
 
@@ -190,10 +193,7 @@ def samples_of(args: argparse.Namespace, sd: StableDiffusion) -> data.Samples:
     source = data.open_source(args.data, size, args.augment)
     latent = sd.unet.cfg.in_channels, size // sd.downscale, size // sd.downscale
     if isinstance(source, data.Latents):
-        note = args.data / "made_of.json"
-        vae = fingerprint(sd.vae.encoder.conv_in.weight, sd.vae.quant_conv.weight)
-        if note.exists() and read_json(note).get("vae") != vae:
-            raise InputError(f"{args.data} holds latents of another VAE; make them with this model: tools.cache")
+        check_vae(args.data, sd.vae)
         latent = tuple(source[0]["mean"].shape)
     return data.Samples(source, args.seed, latent, args.windows, args.starts)
 
@@ -212,7 +212,10 @@ def begin(args: argparse.Namespace, process: Process) -> tuple:
     parts = {"student": student, "ema": ema, "optimizer": optimizer}
     settings = {name: getattr(args, name) for name in runs.KEPT} | {"iters": args.iters if args.cooldown else "any"}
     settings |= {name: runs.weights_in(getattr(args, name)) for name in ("teacher", "student")}
-    settings |= {"data": runs.samples_in(samples.source), "batch": args.batch_size * args.accumulate * process.world}
+    settings |= {
+        "data": runs.samples_in(samples.source),
+        "batch": args.batch_size * args.grad_accum_steps * process.world,
+    }
     return teacher, parts, samples, settings, runs.load_checkpoint(args.run, parts, settings)
 
 
@@ -241,7 +244,7 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
     student, ema, optimizer = parts.values()
     base = StableDiffusion.load(args.teacher, "cpu", None)  # mapped, not read: its folder may be gone at the end
     save = functools.partial(runs.save_checkpoint, process, args.run, parts, settings)
-    if args.recompute:
+    if args.gradient_checkpointing:
         checkpoint_activations(student)
     if args.compile:
         student.compile()
@@ -249,13 +252,13 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
     network = student if process.world == 1 else DistributedDataParallel(student, gradient_as_bucket_view=True)
     log = runs.Log(args, start, quiet=process.rank > 0)
     with Stop() as stop, closing(log.bar):  # so that what is said after an error has a line of its own
-        first, number = start * args.accumulate, (args.iters - start) * args.accumulate
+        first, number = start * args.grad_accum_steps, (args.iters - start) * args.grad_accum_steps
         batches = iter(data.batches(samples, first, number, args.batch_size, process.rank, process.world, args.workers))
         for step in range(start, args.iters):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
             numbers, left_out = torch.zeros(4, device=process.device), 0
-            for part in range(args.accumulate):
+            for part in range(args.grad_accum_steps):
                 items = stop.next(batches)
                 if any(process.gather(items is None)):
                     save(step)
@@ -264,14 +267,14 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
                 left_out += int(items.pop("left_out", torch.zeros(1)).sum())
                 batch = prepare(teacher, items, process.device)
                 # Gradients travel between processes once, with the last part.
-                wait = process.world > 1 and part < args.accumulate - 1
+                wait = process.world > 1 and part < args.grad_accum_steps - 1
                 with network.no_sync() if wait else nullcontext():
                     with torch.autocast(process.device.type, torch.bfloat16, enabled=process.device.type != "cpu"):
                         with torch.no_grad():
                             path = trajectory(teacher, ema, batch, args)
                         loss, both = compute_loss(network, teacher, batch, path, args.windows, args.alpha)
-                    (loss / args.accumulate).backward()
-                numbers[:3] += torch.stack([loss.detach(), both["mse"], both["cos"]]) / args.accumulate
+                    (loss / args.grad_accum_steps).backward()
+                numbers[:3] += torch.stack([loss.detach(), both["mse"], both["cos"]]) / args.grad_accum_steps
             # Gradients are already averaged, so every rank sees the same norm.
             numbers[3] = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             everyone = process.gather([*numbers.tolist(), left_out])  # tolist: here alone a GPU is waited for
@@ -311,14 +314,13 @@ def arguments() -> Parser:
     paper.add_argument("--lr", type=positive, help="learning rate, after the warm-up")
     paper.add_argument("--seed", type=seed, default=0, help="of data order, noise and times")
     machine = parser.add_argument_group("the machine's")
-    machine.add_argument("--accumulate", type=positive_int, help="forward passes per update; default: by model")
+    machine.add_argument("--accumulate", dest="grad_accum_steps", type=positive_int, help="forward passes per update")
     machine.add_argument("--workers", type=count, default=0, help="processes that read data")
     machine.add_argument("--save-every", type=positive_int, default=500, help="updates between checkpoints")
     machine.add_argument("--sample-every", type=count, default=1000, help="updates between sample sheets; 0: none")
     machine.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
-    machine.add_argument(
-        "--recompute", action=argparse.BooleanOptionalAction, help="gradient checkpointing: less memory, more time"
-    )
+    switch = {"dest": "gradient_checkpointing", "action": argparse.BooleanOptionalAction}
+    machine.add_argument("--recompute", **switch, help="gradient checkpointing: less memory, more time")
     machine.add_argument("--compile", action="store_true", help="torch.compile both networks: slow start, then faster")
     machine.add_argument("--device", help="cpu, cuda, ...; default: this process's GPU if there is one")
     ours = parser.add_argument_group("not the paper's (more: python -m paper.variants)")

@@ -32,13 +32,12 @@ from model import MINIATURE, StableDiffusion
 from support import layouts, scenes
 from support.devices import Process, choose_device
 from support.errors import Parser, one_line_errors
-from support.files import fingerprint, replaced, write_json, write_tensors
-from support.latents import Latents
+from support.files import replaced, write_json, write_tensors
+from support.latents import Latents, cache, name_of
 from support.runs import load_checkpoint, save_checkpoint
 from support.scenes import TRAIN
 from support.streams import CONTRAST, READING, SCENE, stream
 from support.weights import read_config
-from tools.cache import cache
 from train import update_ema
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -300,7 +299,7 @@ def save_clip(clip: Clip, tokenizer: Tokenizer, text_settings: dict, folder: Pat
 def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
     """Predict the noise in a noisy latent (Ho et al. 2020, algorithm 1), without the caption one time in ten."""
     # The UNet sees every scene many times, so latents and texts are made once. Another VAE has another folder.
-    folder = args.work / f"latents-{args.scenes}-{fingerprint(sd.vae.encoder.conv_in.weight, sd.vae.quant_conv.weight)}"
+    folder = args.work / f"latents-{args.scenes}-{name_of(sd.vae)}"
     cache(sd, Scenes(TRAIN), args.scenes, folder)
     latents = Latents(folder)
     known = [latents[i] for i in range(len(latents))]

@@ -268,13 +268,13 @@ def test_a_resumed_run_keeps_its_settings_but_not_how_it_computes_them(begin, tm
     }.items():
         expected = f"step-0000002.pt was made with {message}; --resume keeps settings"
         assert expected in refusal(begin, world=2, **dict([changed]))
-    assert begin(batch_size=1, accumulate=4, iters=9)[1][4] == 2  # also longer, as the rate is constant
+    assert begin(batch_size=1, grad_accum_steps=4, iters=9)[1][4] == 2  # also longer, as the rate is constant
     runs.save_checkpoint(ALONE, args.run, state, settings | {"cooldown": 0.5, "iters": 4}, 3)
     assert "was made with iters 4, not 9" in refusal(begin, world=2, cooldown=0.5, iters=9)
     (args.run / "step-0000003.pt").unlink()
     moved = tmp_path.with_name(f"{tmp_path.name}-moved")
     tmp_path.rename(moved)
-    there = {"out": moved, "model": moved / "base", "accumulate": 2}
+    there = {"out": moved, "model": moved / "base", "grad_accum_steps": 2}
     assert begin(**there)[1][4] == 2
     rewrite(moved / "base" / UNET, lambda weights: {name: weight + 1e-3 for name, weight in weights.items()})
     assert "was made with teacher " in refusal(begin, **there)

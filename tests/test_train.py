@@ -62,7 +62,7 @@ def draw(size, windows=8):
 
 def settings(**given):
     """What `train.arguments` and `train.settle` would make of a stage's command."""
-    return SimpleNamespace(**{"windows": 8, "solver_steps": 4, "alpha": 0.7, "accumulate": 1} | given)
+    return SimpleNamespace(**{"windows": 8, "solver_steps": 4, "alpha": 0.7, "grad_accum_steps": 1} | given)
 
 
 def loss_of(student, teacher, items, args, trajectory=train.teacher_trajectory, ema=None):
@@ -406,6 +406,8 @@ def test_the_diverged_processes_are_named(tmp_path):
     message = refusal(train.runs.report_divergence, 8, [0.0, math.nan, 1.0, math.inf], tmp_path)
     assert message.startswith("the loss of rank 1, 3 is not finite in update 8; last good checkpoint: none was written")
     assert refusal(train.runs.report_divergence, 8, [1.0], tmp_path).startswith("the gradient is not finite in")
+
+
 @slow
 def test_a_device_is_waited_for_once_in_an_update(sd15, tmp_path, monkeypatch):
     waits, teacher = [], helpers.shapes_only(sd15)
@@ -423,5 +425,3 @@ def test_a_device_is_waited_for_once_in_an_update(sd15, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "save_flow", lambda *_: None)
     assert run("--stage", 1, "--model", sd15, "--iters", 1, "--windows", 32, "--out", tmp_path) == 0
     assert waits == ["meta"]
-
-
