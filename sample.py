@@ -180,7 +180,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=FLOW, help="model folder, or single .safetensors file")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer(s), for a single file")
     parser.add_argument("--variant", help="which of a folder's weight files, such as fp16")
-    parser.add_argument("--steps", type=positive_int, default=4, help="network evaluations; with guidance, half of them")
+    parser.add_argument(
+        "--steps",
+        type=positive_int,
+        default=4,
+        help="from noise to image; twice as many network evaluations with guidance",
+    )
     parser.add_argument(
         "--guidance", type=at_least_0, help="guidance scale, 1: none; default: 4, or 1 for guided flows"
     )

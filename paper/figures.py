@@ -55,7 +55,7 @@ KEY = operator.itemgetter("model", "sampler", "steps", "guidance")  # of a row
 SUMMARY = {  # the rows that the project's README shows, with the paper's FID of SD1.5 on COCO-2014, table 2
     ("miniature", "ddim", 32, 2): "10.05", ("miniature", "ddim", 4, 2): "", ("miniature", "dpm++", 4, 2): "22.36",
     ("proreflow-i", "flow", 4, 2): "11.16", ("stage-3", "flow", 4, 2): "10.70", ("stage-3", "flow", 2, 2): "15.44",
-    ("proreflow-i-guided", "flow", 4, 1): "",
+    ("proreflow-i-guided", "flow", 4, 1): "", ("proreflow-ii-guided", "flow", 2, 1): "",
 }  # fmt: skip
 HEAD = ["model", "steps", "guidance", "NFE", "Frechet distance", "CLIP score"]
 HEAD += ["prompt accuracy, one item", "two items", "paper's FID"]
