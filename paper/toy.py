@@ -153,7 +153,7 @@ def main(out: Path = Path(__file__).parent / "figures", share: float = 1) -> Non
     color = torch.cdist(ends, CENTERS).argmin(dim=1)
     images = [draw(panels, color, tau) for tau in torch.linspace(reflow.NOISE, 0, 25).tolist()]
     images[-1].save(out / "toy.png")
-    images[0].save(out / "toy.webp", save_all=True, append_images=images + images[-1:] * 20, duration=120, quality=40)
+    images[0].save(out / "toy.webp", save_all=True, append_images=images + images[-1:] * 20, duration=120, quality=20)
 
 
 if __name__ == "__main__":
