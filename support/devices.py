@@ -25,7 +25,7 @@ def choose_device(device: str | None) -> str:
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # each kind of device has its own
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]  # some go on for pages
         raise InputError(f"--device {device} cannot be used here ({reason}); cpu always can") from None
     return device
 
