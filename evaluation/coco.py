@@ -46,23 +46,24 @@ def one_of_each(rows: Rows) -> Rows:
 
 @dataclass
 class Choice:
-    choose: Callable[[Rows], Rows]  # the first of these are drawn, as many as `fid.PROTOCOLS` says
+    count: int  # of prompts
+    choose: Callable[[Rows], Rows]  # the first of these are drawn
     all_images: bool  # the reference is every image there is, not those of the captions
 
 
 CHOICES = {
     # GigaGAN; the paper's table 2. Its authors have a list of captions. If you have it, give it to sample.py.
-    "coco2014-30k": Choice(shuffled, True),
-    "coco2017-5k": Choice(first_of_each, False),  # Rectified Diffusion; table 1
-    "coco2014-10k": Choice(one_of_each, False),  # DMD2, for SDXL; table 3
+    "coco2014-30k": Choice(PROTOCOLS["coco2014-30k"].count, shuffled, True),
+    "coco2017-5k": Choice(PROTOCOLS["coco2017-5k"].count, first_of_each, False),  # Rectified Diffusion; table 1
+    "coco2014-10k": Choice(PROTOCOLS["coco2014-10k"].count, one_of_each, False),  # DMD2, for SDXL; table 3
 }
 
 
 def prepare(protocol: str, captions_file: Path, images: Path, out: Path) -> None:
     """Write out/prompts.txt and out/reference; each appears whole or not at all."""
-    choice, count = CHOICES[protocol], PROTOCOLS[protocol].count
+    choice = CHOICES[protocol]
     captions, names = read_coco(captions_file)
-    chosen = choice.choose([(text, image) for image in names for text in captions.get(image, [])])[:count]
+    chosen = choice.choose([(text, image) for image in names for text in captions.get(image, [])])[: choice.count]
     wanted = list(names) if choice.all_images else [image for _, image in chosen]
     if not chosen:
         raise InputError(f"{captions_file} holds no captions of its images")
@@ -79,7 +80,7 @@ def prepare(protocol: str, captions_file: Path, images: Path, out: Path) -> None
             except OSError:  # exFAT disks, some network shares and Windows have no links
                 shutil.copy(images / name, aside / name)
     write_text(out / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts))
-    print(f"{out / 'prompts.txt'}: {len(prompts)} of {count} prompts; {out / 'reference'}: {len(files)} images")
+    print(f"{out / 'prompts.txt'}: {len(prompts)} of {choice.count} prompts; {out / 'reference'}: {len(files)} images")
 
 
 def main() -> None:

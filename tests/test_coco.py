@@ -52,7 +52,7 @@ def test_5k_is_the_caption_of_every_image_that_comes_first_in_the_file(annotatio
 def test_30k_are_any_captions_once_each_against_all_images(annotations, tmp_path, monkeypatch):
     every, _ = prompts_of("coco2014-30k", annotations, tmp_path / "all")
     assert len(set(every)) == 12 and not any(prompt.endswith(" 5") for prompt in every)
-    monkeypatch.setattr(fid.PROTOCOLS["coco2014-30k"], "count", 3)
+    monkeypatch.setattr(coco.CHOICES["coco2014-30k"], "count", 3)
     prompts, reference = prompts_of("coco2014-30k", annotations, tmp_path / "some")
     assert prompts == every[:3] and len(reference) == 4
 
@@ -67,7 +67,7 @@ def test_10k_is_dmd2s_draw(tmp_path, monkeypatch):
     (tmp_path / "val2017").mkdir()
     for image in images:
         (tmp_path / "val2017" / image["file_name"]).touch()
-    monkeypatch.setattr(fid.PROTOCOLS["coco2014-10k"], "count", 5)
+    monkeypatch.setattr(coco.CHOICES["coco2014-10k"], "count", 5)
     prompts, reference = prompts_of("coco2014-10k", tmp_path / "c.json", tmp_path / "out")
     assert prompts == ["1 of 8", "0 of 7", "0 of 2", "1 of 9", "2 of 4"]
     assert reference == sorted(f"{prompt[-1]}.jpg" for prompt in prompts)
