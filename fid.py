@@ -182,9 +182,9 @@ def check_alike(where: str, one: Statistics | Network, other_where: str, other: 
 
 def describe(source: Path, statistics: Statistics, made: dict[str, str]) -> str:
     """How many images, and what is known of how they were made."""
-    told = [f"{key} {made[key]}" for key in ("steps", "guidance", "seed") if key in made]
-    told += [] if statistics.name else ["of another tool, mode and network unknown"]
-    return f"{statistics.count or 'an unknown number'} of {source}" + (f" ({', '.join(told)})" if told else "")
+    known = [f"{key} {made[key]}" for key in ("steps", "guidance", "seed") if key in made]
+    known += [] if statistics.name else ["of another tool, mode and network unknown"]
+    return f"{statistics.count or 'an unknown number'} of {source}" + (f" ({', '.join(known)})" if known else "")
 
 
 def run(args: argparse.Namespace, network_on: Callable[[str], Network]) -> None:
@@ -205,10 +205,10 @@ def run(args: argparse.Namespace, network_on: Callable[[str], Network]) -> None:
     found = [known.get(s) or statistics(s, network, protocol.crop, args.batch_size, args.workers) for s in sources]
     if rank_and_world()[0] > 0:
         return
-    told = [describe(source, stats, made[source]) for source, stats in zip(sources, found)]
+    described = [describe(source, stats, made[source]) for source, stats in zip(sources, found)]
     if args.save_stats:
         found[0].save(args.save_stats)
-        print(f"{args.save_stats}: statistics of {told[0]}; {found[0].name}")
+        print(f"{args.save_stats}: statistics of {described[0]}; {found[0].name}")
     if args.generated:
         reference, generated = found
         check_alike(str(sources[0]), reference, str(sources[1]), generated)
@@ -217,7 +217,7 @@ def run(args: argparse.Namespace, network_on: Callable[[str], Network]) -> None:
         distance = frechet_distance(reference.mu, reference.sigma, generated.mu, generated.sigma)
         name = reference.name or generated.name or "unknown mode and network"
         label = "Frechet distance" if "CLIP" in name else "FID"
-        print(f"{label} {distance:z.4f}: {name}; reference {told[0]}, generated {told[1]}")
+        print(f"{label} {distance:z.4f}: {name}; reference {described[0]}, generated {described[1]}")
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -12,7 +12,6 @@ Shapes: B batch, z latents (B, 4, h, w), H W height and width in pixels.
 
 import argparse
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from support.devices import choose_device, rank_and_world
 from support.errors import InputError, Parser, at_least_0, one_line_errors, positive_int, seed
 from support.files import make_folder, version_of
 from support.images import image_grid, read_image, save_png, settings_of_png, to_pixels, write_png
+from support.scoring import add_up
 from support.streams import draw_noise
 
 SAMPLERS = {"flow": "windowed Euler", "ddim": "DDIM", "dpm++": "DPM-Solver++ 2M"}
@@ -157,10 +157,7 @@ def run(args: argparse.Namespace) -> None:
         for i, image in zip(few, images):
             save_png(image, files[i], settings[i])
 
-    if world > 1:  # the sheet needs everybody's images
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    add_up(torch.zeros(1))  # wait for all processes: the sheet needs everybody's images
     if rank == 0:
         shown = range(min(len(prompts), 64))
         columns = args.n if 1 < args.n <= 8 else min(len(shown), 8)
@@ -180,12 +177,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=FLOW, help="model folder, or single .safetensors file")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer(s), for a single file")
     parser.add_argument("--variant", help="which of a folder's weight files, such as fp16")
-    parser.add_argument(
-        "--steps",
-        type=positive_int,
-        default=4,
-        help="from noise to image; twice as many network evaluations with guidance",
-    )
+    parser.add_argument("--steps", type=positive_int, default=4, help="NFE per image; twice as many with guidance")
     parser.add_argument(
         "--guidance", type=at_least_0, help="guidance scale, 1: none; default: 4, or 1 for guided flows"
     )

@@ -129,6 +129,6 @@ def version_of(*paths: Path) -> str:
     for path in paths:
         for file in filter(Path.is_file, sorted(path.rglob("*")) if path.is_dir() else [path]):
             about = file.stat()
-            told = file.read_bytes() if about.st_size < 2**20 else str(about.st_mtime_ns).encode()
-            digest.update(f"{file.name} {about.st_size} ".encode() + told)
+            content = file.read_bytes() if about.st_size < 2**20 else str(about.st_mtime_ns).encode()
+            digest.update(f"{file.name} {about.st_size} ".encode() + content)
     return digest.hexdigest()[:12]

@@ -105,7 +105,7 @@ def samples_in(source: Dataset) -> str:
     """Tells data from other data in the same place: the number of samples and the names of their files."""
     if source.endless:
         return source.name
-    files = getattr(source, "files", [])  # latents are told by their number
+    files = getattr(source, "files", [])  # of latents, the number alone is compared
     root = os.path.commonpath([file.parent for file in files] or [""])
     names = "\n".join(str(file)[len(root) :] for file in files)
     return f"{len(source)} samples, {hashlib.sha256(os.fsencode(names)).hexdigest()[:12]}"

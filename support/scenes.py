@@ -120,7 +120,7 @@ def draw(scene: Scene) -> np.ndarray:
 
 # ---- Captions -------------------------------------------------------------------------------------------------------
 
-# Sides of the image in x and in y: -1, 1, or 0 for the middle; None is not told.
+# Sides of the image in x and in y: -1, 1, or 0 for the middle; None is not stated.
 POSITIONS = {"on the left": (-1, None), "on the right": (1, None), "at the top": (None, -1), "at the bottom": (None, 1)}
 POSITIONS |= {"at the top left": (-1, -1), "at the top right": (1, -1), "at the bottom left": (-1, 1)}
 POSITIONS |= {"at the bottom right": (1, 1), "in the center": (0, 0), "in the middle": (0, 0)}

@@ -88,11 +88,11 @@ def add_up(table: Tensor) -> Tensor:
 
 def check_left_out(left_out: int, total: int, where: Path, why: str = "cannot be used, see above") -> None:
     """One image in a hundred may be left out, with a notice, and always one. Raises InputError if there are more."""
-    told = f"{where}: {left_out} of {total} images {why}"
+    message = f"{where}: {left_out} of {total} images {why}"
     if left_out > max(1, total // 100) or left_out == total:
-        raise InputError(told)
+        raise InputError(message)
     if left_out and rank_and_world()[0] == 0:
-        print(f"notice: {told}", file=sys.stderr)
+        print(f"notice: {message}", file=sys.stderr)
 
 
 def settings_of_run(folder: Path, files: list[Path]) -> dict[str, str]:
