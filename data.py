@@ -201,12 +201,14 @@ class Samples(Dataset):
     """Sample number n of a stage: an item of the source, and the random draws that training makes for it.
 
     noise (4, h, w) is where its trajectory starts; posterior (4, h, w) draws its latent from the VAE's distribution;
-    tau is uniform in 1..1000, or with probability `starts` moved to the start of its window; uncond says that its
-    caption is dropped. Each has its own stream, keyed by the stage's number of windows, too (`support/streams.py`).
+    uncond says that its caption is dropped. tau is uniform in 1..1000. With probability `starts`, it is moved to the
+    start of its window; the others leave out the last share `gap` of each window. Each of the four has its own stream,
+    keyed by the stage's number of windows, too (`support/streams.py`).
     """
 
-    def __init__(self, source: Dataset, seed: int, latent_shape: tuple[int, ...], windows: int, starts: float = 0.0):
-        self.source, self.seed, self.shape, self.windows, self.starts = source, seed, latent_shape, windows, starts
+    def __init__(self, source: Dataset, seed: int, latent: tuple[int, ...], windows: int, starts=0.0, gap=0.0):
+        self.source, self.seed, self.shape, self.windows = source, seed, latent, windows
+        self.starts, self.gap = starts, gap
         self.rising = np.array(reflow.boundaries(windows)[::-1])
         self.epoch, self.order = None, None
 
@@ -229,8 +231,9 @@ class Samples(Dataset):
             stream(purpose, self.seed, n, self.windows) for purpose in (TIME, NOISE, POSTERIOR, UNCOND)
         )
         tau = time.integers(1, reflow.NOISE + 1)
-        if time.random() < self.starts:
-            tau = self.rising[np.searchsorted(self.rising, tau)]
+        start = self.rising[np.searchsorted(self.rising, tau)]
+        share = 0 if time.random() < self.starts else 1 - self.gap
+        tau = start - int((start - tau) * share)
         return self.item(n) | {
             "tau": int(tau),
             "noise": torch.from_numpy(noise.standard_normal(self.shape, np.float32)),

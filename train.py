@@ -55,14 +55,15 @@ PROMPTS = Path(__file__).parent / "docs/demo_prompts.txt"  # of the sample sheet
 # cooldown: the share of updates, at the end, in which the learning rate falls to zero.
 # Batches fit one GPU of 24 GB (SD1.5, 512 pixels) and 80 GB (SDXL, 1024): python -m tools.memory
 PUBLISHED = {
-    "iters": 10_000, "warmup": 500, "ema": 0.9999, "starts": 0.0, "cooldown": 0.0, "gradient_checkpointing": True,
+    "iters": 10_000, "warmup": 500, "cooldown": 0.0, "ema": 0.9999, "starts": 0.0, "gap": 0.0,
+    "gradient_checkpointing": True,
 }  # fmt: skip
 DEFAULTS = {
     768: PUBLISHED | {"batch_size": 8, "grad_accum_steps": 4, "lr": 8e-5},
     2048: PUBLISHED | {"batch_size": 8, "grad_accum_steps": 2, "lr": 1e-4},
     "smaller": {
-        "iters": 600, "warmup": 100, "ema": 0.999, "starts": 0.75, "cooldown": 0.5, "gradient_checkpointing": False,
-        "batch_size": 64, "grad_accum_steps": 1, "lr": 3e-4,
+        "iters": 600, "warmup": 100, "cooldown": 0.5, "ema": 0.999, "starts": 0.75, "gap": 0.0,
+        "gradient_checkpointing": False, "batch_size": 64, "grad_accum_steps": 1, "lr": 3e-4,
     },
 }  # fmt: skip
 
@@ -195,7 +196,7 @@ def samples_of(args: argparse.Namespace, sd: StableDiffusion) -> data.Samples:
     if isinstance(source, data.Latents):
         check_vae(args.data, sd.vae)
         latent = tuple(source[0]["mean"].shape)
-    return data.Samples(source, args.seed, latent, args.windows, args.starts)
+    return data.Samples(source, args.seed, latent, args.windows, args.starts, args.gap)
 
 
 def begin(args: argparse.Namespace, process: Process) -> tuple:
@@ -326,7 +327,7 @@ def arguments() -> Parser:
     ours = parser.add_argument_group("not the paper's (more: python -m paper.variants)")
     ours.add_argument("--augment", action="store_true", help="crop images at random places, mirror half of them")
     # Set by paper/variants.py alone, or by DEFAULTS.
-    variants = dict.fromkeys(["name", "student", "solver_steps", "warmup", "ema", "starts", "cooldown"])
+    variants = dict.fromkeys(["name", "student", "solver_steps", "warmup", "ema", "starts", "gap", "cooldown"])
     parser.set_defaults(**variants, own_starts=0.0, teacher_guidance=1.0)
     return parser
 

@@ -64,6 +64,7 @@ def main() -> None:
     ours.add_argument("--teacher-guidance", type=at_least_0, help="of the trajectories; default: 1, none, the paper's")
     ours.add_argument("--own-starts", type=share, help="share of samples on the student's trajectory; default: 0")
     ours.add_argument("--starts", type=share, help="share of times at their window's start; 0: even times, the paper's")
+    ours.add_argument("--gap", type=share, help="share of every window, at its end, without times; default: by model")
     ours.add_argument("--solver-steps", type=positive_int, help="teacher's steps per window; default: its share of 32")
     ours.add_argument("--warmup", type=count, help="updates until the learning rate is reached; default: by model")
     ours.add_argument("--cooldown", type=share, help="share of updates, at the end, in which it falls to zero")

@@ -28,7 +28,7 @@ from support.files import fingerprint, make_folder, remove, replaced, write_text
 
 INPUTS = "teacher", "student", "data"
 # What a resumed run must have in common with the interrupted one, besides the content of the inputs.
-KEPT = "windows alpha solver_steps lr warmup starts cooldown ema seed augment own_starts teacher_guidance".split()
+KEPT = "windows alpha solver_steps lr warmup starts gap cooldown ema seed augment own_starts teacher_guidance".split()
 locks = []  # of this process, until it ends
 
 

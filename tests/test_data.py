@@ -34,8 +34,8 @@ class Numbers(Dataset):
         return {"image": n}
 
 
-def samples(source=None, seed=0, windows=8, shape=(2, 3), starts=0.0):
-    return data.Samples(source or Numbers(), seed, shape, windows, starts)
+def samples(source=None, seed=0, windows=8, shape=(2, 3), starts=0.0, gap=0.0):
+    return data.Samples(source or Numbers(), seed, shape, windows, starts, gap)
 
 
 def equal(a, b):
@@ -76,6 +76,17 @@ def test_a_share_of_the_times_lies_at_the_start_of_its_window_and_changes_nothin
         assert c["tau"] == -(-a["tau"] // 250) * 250 and b["tau"] in (a["tau"], c["tau"])
         assert equal({**a, "tau": 0}, {**b, "tau": 0}) and equal({**a, "tau": 0}, {**c, "tau": 0})
     assert 0.2 < np.mean([a["tau"] != b["tau"] for a, b in zip(even, some)]) < 0.4
+
+
+def test_times_can_leave_out_the_end_of_every_window():
+    even, gap, both = ([samples(windows=4, **how)[n]["tau"] for n in range(600)] for how in (
+        {}, {"gap": 0.2}, {"gap": 0.2, "starts": 0.5}
+    ))  # fmt: skip
+    starts = [-(-tau // 250) * 250 for tau in even]
+    assert gap == [start - int((start - tau) * 0.8) for start, tau in zip(starts, even)]
+    assert max(start - tau for start, tau in zip(starts, gap)) in range(195, 200)  # of 250, the last 50 are left out
+    moved = [a for a, b in zip(both, gap) if a != b]
+    assert set(moved) == {250, 500, 750, 1000} and 0.4 < len(moved) / 600 < 0.6
 
 
 def batches(first, count, size, rank=0, world=1, workers=0, source=None):
