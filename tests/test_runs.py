@@ -62,6 +62,7 @@ def begin(sd15, tmp_path, networks, monkeypatch):
     """The start of stage 1 of a copy of sd15, with a small network for its student: (arguments, what it returns)."""
     shutil.copytree(sd15, tmp_path / "base")
     monkeypatch.setattr(train, "load_networks", lambda *_: networks)
+    monkeypatch.setattr(devices.Process, "sharded", lambda self, optimizer: optimizer)  # which needs processes
 
     def begin(world=1, **given):
         args = train.arguments().parse_args(["--stage", "1", "--resume"])
@@ -79,7 +80,7 @@ def command(tmp_path, **given):
     """What `train.settle` makes of a command."""
     (tmp_path / "base").mkdir(exist_ok=True)
     args = {"name": "stage-1", "teacher": tmp_path / "base", "data": None, "resume": False, "out": tmp_path}
-    args = SimpleNamespace(**{"student": tmp_path / "base"} | args | given)
+    args = SimpleNamespace(**dict.fromkeys(["base", "student"], tmp_path / "base") | args | given)
     args.run, args.result = args.out / f"{args.name}-run", args.out / args.name
     return args
 
@@ -91,7 +92,9 @@ def test_a_result_never_replaces_what_it_is_made_from(tmp_path, out, name, kind)
     used, other = tmp_path / "above/base", tmp_path / "other"
     used.mkdir(parents=True)
     (tmp_path / "base").symlink_to(used)
-    args = command(tmp_path, **{"teacher": other, "student": other, kind: used}, out=tmp_path / out, name=name)
+    args = command(
+        tmp_path, **{"base": other, "teacher": other, "student": other, kind: used}, out=tmp_path / out, name=name
+    )
     assert "which is needed; choose another --out" in refusal(runs.claim, args)
     assert list(used.iterdir()) == []
     runs.claim(command(tmp_path, **{kind: used}))

@@ -366,7 +366,7 @@ def test_sdxl_is_given_the_sizes_of_each_image(sdxl):
 # ---- what is refused ----
 
 REFUSED = {
-    "--windows 4": "name a --stage; or, for a stage of your own, --windows and --teacher",
+    "--windows 4": "name a --stage, or --windows and --teacher",
     "--stage 1 --model nowhere": "the model nowhere does not exist; check the path",
     "--stage 2": "stage-1 does not exist; train stage 1 first, or name a --teacher",
     "--stage 1 --model {file}": "is a single file; make a folder of it: python -m tools.convert ",
