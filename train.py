@@ -32,9 +32,9 @@ import data
 import reflow
 from loss import decomposed_velocity_loss
 from model import MINIATURE, StableDiffusion, flow_scheduler, is_perflow, save_flow
-from support import lora, lora_files, runs
+from support import lora, lora_files, memory, runs
 from support.captions import read_prompts
-from support.devices import Process
+from support.devices import Process, rank_and_world
 from support.errors import InputError, Parser, at_least_0, count, one_line_errors, positive, positive_int, seed
 from support.files import read_json
 from support.images import image_grid, to_pixels, write_png
@@ -198,6 +198,18 @@ def begin(args: argparse.Namespace, process: Process) -> tuple:
     return teacher, parts, samples, settings, runs.load_checkpoint(args.run, parts, settings)
 
 
+def dry_run(args: argparse.Namespace) -> None:
+    """Instead of a run: print what it would hold on each GPU, and how long it would take."""
+    settle(args)
+    teacher, _ = load_networks(args, torch.device("meta"))
+    args.solver_steps = solver_steps(teacher, args.windows, args.solver_steps)
+    shape, (rank, world) = data.open_samples(args, teacher).shape, rank_and_world()
+    low = torch.float32 if args.device == "cpu" else torch.bfloat16
+    counted = memory.count(teacher.networks, shape, args, world, (ResnetBlock, Transformer), low)
+    if rank == 0:
+        print(memory.report(*counted, args.iters, args.dry_run))
+
+
 @torch.no_grad()
 def draw_sheet(teacher: StableDiffusion, ema: UNet, args: argparse.Namespace, file: Path) -> None:
     """The same images every time, by the student as it is now, in one step per window or four steps."""
@@ -217,6 +229,8 @@ def draw_sheet(teacher: StableDiffusion, ema: UNet, args: argparse.Namespace, fi
 
 def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> None:
     """Train one stage. trajectory: what is learned, instead of the paper's."""
+    if args.dry_run:
+        return dry_run(args)
     process = Process.start(args.device)
     teacher, parts, samples, settings, start = runs.together(process, lambda: begin(args, process))
     runs.together(process, lambda: runs.same_as_first(process, settings | {"checkpoint": start}, args))
@@ -304,6 +318,8 @@ def arguments() -> Parser:
     machine.add_argument("--recompute", **switch, help="gradient checkpointing: less memory, more time")
     machine.add_argument("--compile", action="store_true", help="torch.compile both networks: slow start, then faster")
     machine.add_argument("--device", help="cpu, cuda, ...; default: this process's GPU if there is one")
+    rate = {"nargs": "?", "const": 400.0, "type": positive, "metavar": "TFLOPS"}
+    machine.add_argument("--dry-run", **rate, help="only print memory, and time at so many TFLOP/s (400 if left out)")
     ours = parser.add_argument_group("not the paper's (more: python -m paper.variants)")
     ours.add_argument("--lora", type=positive_int, help="train only a low-rank update of this rank: less memory")
     # Set by paper/variants.py alone, or by DEFAULTS.

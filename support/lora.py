@@ -42,13 +42,14 @@ class LowRank(Frozen):
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int):
         super().__init__(layer)
+        settings = {"bias": False, "device": "meta"}  # `attach` gives them values
         if isinstance(layer, nn.Linear):
-            self.lora_A = nn.Linear(layer.in_features, rank, bias=False)
-            self.lora_B = nn.Linear(rank, layer.out_features, bias=False)
+            self.lora_A = nn.Linear(layer.in_features, rank, **settings)
+            self.lora_B = nn.Linear(rank, layer.out_features, **settings)
         else:
             like = {"kernel_size": layer.kernel_size, "stride": layer.stride, "padding": layer.padding}
-            self.lora_A = nn.Conv2d(layer.in_channels, rank, **like, bias=False)
-            self.lora_B = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+            self.lora_A = nn.Conv2d(layer.in_channels, rank, **like, **settings)
+            self.lora_B = nn.Conv2d(rank, layer.out_channels, 1, **settings)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.shared.layer(x) + self.lora_B(self.lora_A(x))
@@ -78,11 +79,15 @@ def attach(unet: nn.Module, rank: int, seed: int) -> nn.Module:
                 setattr(parent, name, LowRank(layer, rank))
             elif isinstance(layer, nn.GroupNorm | nn.LayerNorm):
                 setattr(parent, name, Frozen(layer))
+    device = unet.conv_in.weight.device
+    if device.type == "meta":
+        return student
     for i, layer in enumerate(layer for layer in student.modules() if isinstance(layer, LowRank)):
-        a = layer.lora_A.weight
-        a.data = torch.from_numpy(stream(LORA, seed, i).standard_normal(a.shape, "float32")) / a[0].numel() ** 0.5
-        nn.init.zeros_(layer.lora_B.weight)
-    return student.to(unet.conv_in.weight.device)
+        a, b = layer.lora_A.weight, layer.lora_B.weight
+        drawn = torch.from_numpy(stream(LORA, seed, i).standard_normal(a.shape, "float32")) / a[0].numel() ** 0.5
+        layer.lora_A.weight = nn.Parameter(drawn.to(device))
+        layer.lora_B.weight = nn.Parameter(torch.zeros(b.shape, device=device))
+    return student
 
 
 def merged(unet: nn.Module, update: dict[str, Tensor], scale: float = 1.0) -> nn.Module:

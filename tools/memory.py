@@ -1,98 +1,150 @@
-"""What training holds on each GPU, counted without one: parameters and activations on the `meta` device.
+"""Memory and time of training SD1.5 at 512 and SDXL at 1024 pixels, by arithmetic (`support/memory.py`).
 
-    python -m tools.memory              SD1.5 at 512 and SDXL at 1024 pixels, by batch size, as a table
-
-A sum, not a measurement: it leaves out what the libraries need for their work (1 to 2 GiB on a GPU), and takes
-activations as bfloat16, as most are under autocast.
+python -m tools.memory                      two tables, for docs/real-models.md
+python -m tools.memory --measure            an update of SD1.5 at 256 pixels on this CPU, counted and measured
+python -m tools.memory --measure --lora 64  the same with LoRA
 """
 
 import argparse
-from unittest import mock
+import functools
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from model import NETWORKS
-from support.official import OFFICIAL
+from clip_text import Tokenizer
+from model import MINIATURE, NETWORKS, StableDiffusion
+from support.errors import InputError, Parser, one_line_errors, positive_int
+from support.latents import write_latents
+from support.memory import GIB, TERA, count
+from support.official import OFFICIAL, SD15
 from support.weights import build, read_config
-from unet import ResnetBlock, Transformer, UNet, UNetConfig
+from unet import ResnetBlock, Transformer
 
-GIB = 2**30
-FP32, BF16 = 4, 2  # bytes
-
-
-def fixed(networks: dict[str, nn.Module]) -> dict[str, int]:
-    """Bytes that do not depend on the batch, by what they are for (`train.py`)."""
-    counts = {name: sum(weight.numel() for weight in network.parameters()) for name, network in networks.items()}
-    unet, vae = counts.pop("unet"), counts.pop("vae")
-    return {
-        "student, fp32": FP32 * unet,
-        "gradients": FP32 * unet,  # DDP's buckets are views of them
-        "AdamW's moments": 2 * FP32 * unet,
-        "EMA": FP32 * unet,
-        "student in bf16, kept by autocast": BF16 * unet,
-        "teacher, bf16": BF16 * unet,
-        "text encoders, bf16": BF16 * sum(counts.values()),
-        "VAE, fp32": FP32 * vae,
-    }
+SIZES = {"SD1.5": 512, "SDXL": 1024}
+# Model, GPUs and their memory in GB, --batch-size, --accumulate, --lora
+SETTINGS = """
+SD1.5 1x8 4 8 64
+SD1.5 1x12 8 4 64
+SD1.5 1x24 8 4 0
+SD1.5 8x8 4 8 64
+SD1.5 8x12 8 4 64
+SD1.5 8x24 8 4 0
+SDXL 1x24 4 4 64
+SDXL 1x48 8 2 64
+SDXL 1x80 8 2 0
+SDXL 8x24 4 4 64
+SDXL 8x48 2 8 0
+SDXL 8x80 8 2 0
+"""
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What GPUs use; `meta` would take the slow way, which keeps a matrix of all pairs of positions."""
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+@functools.cache
+def official(family: str) -> dict[str, nn.Module]:
+    """Its networks, on `meta`."""
+    settings = {name: OFFICIAL[family][name] for name in NETWORKS if name in OFFICIAL[family]}
+    return {name: build(NETWORKS[name][0], read_config(NETWORKS[name][1], s, name)) for name, s in settings.items()}
 
 
-def activations(cfg: UNetConfig, batch: int, pixels: int, recompute: bool) -> int:
-    """Bytes that the backward pass of the student needs from its forward pass. With gradient checkpointing: the inputs
-    of all blocks, and what the largest block computes again."""
-    unet = build(UNet, cfg).to(torch.bfloat16).requires_grad_(True)
-    weights = {weight.untyped_storage()._cdata for weight in unet.parameters()}
-    saved, blocks, inputs = {}, [], []  # saved: storage -> (bytes, tensor); each counts once
+@functools.cache
+def count_official(family: str, batch: int, accumulate: int, rank: int, world: int, stage: int) -> tuple[dict, float]:
+    args = SimpleNamespace(
+        batch_size=batch, grad_accum_steps=accumulate, lora=rank, gradient_checkpointing=True, base=1, teacher=stage,
+        solver_steps=4 if stage == 1 else 2,
+    )  # fmt: skip
+    shape = 4, SIZES[family] // 8, SIZES[family] // 8
+    return count(official(family), shape, args, world, (ResnetBlock, Transformer))
 
-    def save(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            saved[storage._cdata] = (storage.nbytes(), tensor)  # kept, so that no other takes its place
-        return tensor
 
-    def total() -> int:
-        return sum(size for size, _ in saved.values())
+def print_parts(family: str) -> None:
+    """GiB of a later stage by what they are for, at batch 8: all weights or an update of rank 64, 1 or 8 GPUs."""
+    columns = [count_official(family, 8, 1, rank, world, 2)[0] for rank, world in ((0, 1), (0, 8), (64, 1), (64, 8))]
+    print(f"{family}, GiB                                     1 GPU  8 GPUs  LoRA 64, 1 GPU  8 GPUs")
+    for name in columns[2]:
+        print(f"{name:46}" + "{:6.1f}{:8.1f}{:16.1f}{:8.1f}".format(*(c.get(name, 0) / GIB for c in columns)))
+    print(f"{'in all':46}" + "{:6.1f}{:8.1f}{:16.1f}{:8.1f}".format(*(sum(c.values()) / GIB for c in columns)))
 
-    def before(block: nn.Module, given: tuple) -> None:
-        inputs.append(given[0].numel() * BF16)
-        blocks.append(-total())
 
-    def after(block: nn.Module, given: tuple, out: Tensor) -> None:
-        blocks[-1] += total()
+def print_settings() -> None:
+    """What fits which GPU, and the hours of 10,000 updates at 400 TFLOP/s."""
+    print("model  GPUs     options of train.py                        GiB  stage 1, hours  later stages")
+    for line in SETTINGS.split("\n")[1:-1]:
+        family, gpus, *numbers = line.split()
+        batch, accumulate, rank = map(int, numbers)
+        counts = [count_official(family, batch, accumulate, rank, int(gpus[0]), stage) for stage in (1, 2)]
+        size = sum(counts[1][0].values()) / GIB
+        hours = [10_000 * flop / (400 * TERA) / 3600 for _, flop in counts]
+        options = f"--batch-size {batch} --accumulate {accumulate}" + (f" --lora {rank}" if rank else "")
+        print(f"{family:6} {gpus + ' GB':8} {options:38} {size:7.1f}{hours[0]:16.1f}{hours[1]:14.1f}")
 
-    for module in unet.modules():
-        if isinstance(module, ResnetBlock | Transformer):
-            module.register_forward_pre_hook(before)
-            module.register_forward_hook(after)
-    with torch.device("meta"):
-        x = torch.empty(batch, 4, pixels // 8, pixels // 8, dtype=torch.bfloat16)
-        t, context = torch.empty(batch), torch.empty(batch, 77, cfg.cross_attention_dim, dtype=torch.bfloat16)
-        pooled, time_ids = torch.empty(batch, 1280, dtype=torch.bfloat16), torch.empty(batch, 6)
-    attention = mock.patch.object(F, "scaled_dot_product_attention", flash_attention)
-    with attention, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        unet(x, t, context, pooled, time_ids)
-    return total() - sum(blocks) + sum(inputs) + max(blocks) if recompute else total()
+
+def measure(rank: int | None) -> None:
+    """Random weights of SD1.5, random latents of 256 pixels, two forward passes in one update."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, latents = Path(folder) / "model", Path(folder) / "latents"
+        write_model(model)
+        latents.mkdir()
+        write_latents(latents / "0.safetensors", torch.randn(4, 4, 32, 32), torch.zeros(4, 4, 32, 32), ["a cat"] * 4)
+        command = f"--windows 32 --teacher {model} --data {latents} --out {folder}/out --iters 1 --batch-size 1"
+        command += " --accumulate 2 --sample-every 0 --save-every 9 --device cpu" + (f" --lora {rank}" if rank else "")
+        for last in (["--dry-run"], []):
+            done = subprocess.run([sys.executable, "-c", PEAK, *command.split(), *last])
+            if done.returncode:
+                raise InputError("the update did not end; is there enough memory?")
+
+
+# Runs the trainer until its result would be written, and says how much memory of its own it had at most: without the
+# pages of mapped files, which the system can drop.
+PEAK = """
+import threading, time
+import train
+from paper import variants
+from support import memory, runs
+
+def own():
+    [line] = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024 / memory.GIB
+
+def watch():
+    while True:
+        sizes.append(own())
+        time.sleep(0.02)
+
+sizes = [own()]
+threading.Thread(target=watch, daemon=True).start()
+runs.save_checkpoint = train.save_flow = train.lora_files.write = lambda *_: None
+train.lora.merged = lambda unet, update: unet
+variants.main()
+print(f"measured: {max(sizes) - sizes[0]:.2f} GiB more than before")
+"""
+
+
+def write_model(folder: Path) -> None:
+    """SD1.5 with random weights in float16, and the miniature's few words."""
+    tokenizer = Tokenizer.load(MINIATURE / "tokenizer")
+    text = SD15["text_encoder"] | {"vocab_size": tokenizer.end + 1, "eos_token_id": tokenizer.end}
+    configs, parts = SD15 | {"text_encoder": text}, {}
+    for name in "unet", "vae", "text_encoder":
+        network_class, config_class = NETWORKS[name]
+        parts[name] = network_class(read_config(config_class, configs[name], name)).half()
+    StableDiffusion(parts, [tokenizer], configs).save(folder)
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    for family, pixels in ("SD1.5", 512), ("SDXL", 1024):
-        official = {name: OFFICIAL[family][name] for name in NETWORKS if name in OFFICIAL[family]}
-        configs = {name: read_config(NETWORKS[name][1], settings, name) for name, settings in official.items()}
-        parts = fixed({name: build(NETWORKS[name][0], config) for name, config in configs.items()})
-        base = sum(parts.values())
-        print(f"{family}, {pixels} pixels: {base / GIB:.1f} GiB without activations")
-        for name, size in parts.items():
-            print(f"  {name}: {size / GIB:.1f}")
-        for flag, recompute in ("--no-recompute", False), ("--recompute", True):
-            sizes = {n: base + activations(configs["unet"], n, pixels, recompute) for n in (1, 2, 4, 8)}
-            print(f"  in all, {flag}: " + ", ".join(f"{size / GIB:.1f} at batch {n}" for n, size in sizes.items()))
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="run an update of SD1.5 and measure it")
+    parser.add_argument("--lora", type=positive_int, help="rank of the update that is measured")
+    args = parser.parse_args()
+    with one_line_errors(parser):
+        if args.measure:
+            return measure(args.lora)
+        for family in SIZES:
+            print_parts(family)
+        print_settings()
 
 
 if __name__ == "__main__":

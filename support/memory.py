@@ -1,0 +1,121 @@
+"""What training holds on each GPU and how many FLOP an update takes, counted on `meta`: shapes without memory.
+
+`train.py --dry-run` prints it for a command, `python -m tools.memory` for SD1.5 and SDXL. It is a sum, not a
+measurement: the libraries need 1 to 2 GiB more on a GPU, and all activations are counted in the frozen networks' dtype,
+which most have under autocast.
+"""
+
+import argparse
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from support import lora
+from support.weights import build
+
+GIB, TERA = 2**30, 10**12
+
+
+def count(
+    networks: dict[str, nn.Module],
+    shape: tuple[int, ...],
+    args: argparse.Namespace,
+    world: int,
+    blocks: tuple[type, ...],
+    low: torch.dtype = torch.bfloat16,
+) -> tuple[dict[str, int], float]:
+    """(bytes on each GPU by what they are for, FLOP of an update) of a run with train.py's settings `args`.
+
+    networks: the model's, wherever they are. shape: of a latent, (C, h, w). world: number of processes. blocks: types
+    of modules that gradient checkpointing computes again. low: dtype of frozen networks.
+    """
+    unet = build(type(networks["unet"]), networks["unet"].cfg).to(low)
+    student = lora.attach(unet, args.lora, 0).to(low) if args.lora else unet
+    numbers = {name: sum(weight.numel() for weight in network.parameters()) for name, network in networks.items()}
+    trained = sum(weight.numel() for weight in student.parameters())
+    frozen, vae = numbers.pop("unet"), numbers.pop("vae")
+    parts = {
+        "trained weights": 4 * trained,
+        "gradients": 4 * trained,  # DDP's buckets are views of them
+        "AdamW's moments": 8 * trained // world,
+        "EMA": 4 * trained,
+        "trained weights in bfloat16, kept by autocast": 2 * trained if low == torch.bfloat16 else 0,
+        "update of the teacher": 4 * trained if args.lora and args.base != args.teacher else 0,
+        "frozen UNet": low.itemsize * frozen,  # the teacher; with LoRA, also what the student's update is added to
+        "text encoders": low.itemsize * sum(numbers.values()),
+        "VAE": 4 * vae,
+    }
+    given = inputs(unet.cfg, shape, args.batch_size, low)
+    attention = mock.patch.object(F, "scaled_dot_product_attention", flash_attention)
+    with attention, FlopCounterMode(display=False) as teaching:
+        unet(*given)
+    student.requires_grad_(True)
+    with attention, FlopCounterMode(display=False) as learning:
+        parts["activations"] = bytes_saved(student, given, blocks, args.gradient_checkpointing)
+    forward = learning.get_total_flops()
+    if not args.lora:
+        backward = 2 * forward  # to the inputs, and to the weights
+    else:
+        backward = forward + (forward - teaching.get_total_flops())  # to the weights of the update only
+    again = forward if args.gradient_checkpointing else 0
+    flop = args.solver_steps * teaching.get_total_flops() + forward + backward + again
+    return {name: size for name, size in parts.items() if size}, args.grad_accum_steps * flop
+
+
+def inputs(cfg, shape: tuple[int, ...], batch: int, low: torch.dtype) -> tuple[Tensor, ...]:
+    """What a UNet is given: latents, times, text; SDXL also pooled text and image sizes."""
+    with torch.device("meta"):
+        x, context = torch.empty(batch, *shape, dtype=low), torch.empty(batch, 77, cfg.cross_attention_dim, dtype=low)
+        if not cfg.addition_embed_type:
+            return x, torch.empty(batch), context
+        pooled = cfg.projection_class_embeddings_input_dim - 6 * cfg.addition_time_embed_dim
+        return x, torch.empty(batch), context, torch.empty(batch, pooled, dtype=low), torch.empty(batch, 6)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What GPUs use; `meta` would take the slow way, which keeps a matrix of all pairs of positions."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+
+def bytes_saved(network: nn.Module, given: tuple[Tensor, ...], blocks: tuple[type, ...], recompute: bool) -> int:
+    """Bytes that the backward pass needs from the forward pass. With gradient checkpointing: the inputs of all blocks,
+    and what the largest block computes again."""
+    weights = {weight.untyped_storage()._cdata for weight in network.parameters()}
+    saved, sizes, entered = {}, [], []  # saved: storage -> (bytes, tensor); each counts once
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.grad_fn is not None and storage._cdata not in weights:  # not an input, a weight or a view of one
+            saved[storage._cdata] = (storage.nbytes(), tensor)  # kept, so that no other takes its place
+        return tensor
+
+    def total() -> int:
+        return sum(size for size, _ in saved.values())
+
+    def before(block: nn.Module, args: tuple) -> None:
+        entered.append(args[0].nbytes)
+        sizes.append(-total())
+
+    def after(block: nn.Module, args: tuple, out: Tensor) -> None:
+        sizes[-1] += total()
+
+    for block in network.modules():
+        if isinstance(block, blocks):
+            block.register_forward_pre_hook(before)
+            block.register_forward_hook(after)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        network(*given)
+    return total() - sum(sizes) + sum(entered) + max(sizes) if recompute else total()
+
+
+def report(parts: dict[str, int], flop: float, iters: int, teraflops: float) -> str:
+    """Lines to print: GiB by what they are for, and time at this many TFLOP/s."""
+    lines = [f"{size / GIB:8.2f} GiB  {name}" for name, size in parts.items()]
+    lines.append(f"{sum(parts.values()) / GIB:8.2f} GiB  in all on each GPU, and 1 to 2 for the libraries")
+    hourly = 3600 * teraflops * TERA / flop
+    lines.append(f"{flop / TERA:8.2f} TFLOP in an update: at {teraflops:g} TFLOP/s, {hourly:,.0f} updates an hour, and")
+    lines.append(f"{iters / hourly:8.2f} hours for {iters:,} updates")
+    return "\n".join(lines)
