@@ -133,6 +133,8 @@ def rows_of(args: argparse.Namespace) -> list[dict]:
 
 
 def reproduce(args: argparse.Namespace) -> None:
+    if "RANK" in os.environ:
+        raise InputError("start this without torchrun; it starts its processes itself, by --launcher")
     for name, scores in {"model": "", "coco": "images", "inception": "FID", "clip": "CLIP score"}.items():
         path = getattr(args, name)
         if path is None:

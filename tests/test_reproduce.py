@@ -163,6 +163,10 @@ def test_what_is_not_there_is_left_out_or_refused_before_the_work(given, tmp_pat
     }.items():
         assert exit_code(reproduce, *command, *more) == 2 and not started
         assert message in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "0")
+        assert exit_code(reproduce, *command) == 2 and not started
+    assert "start this without torchrun" in capsys.readouterr().err
     # An option that train.py does not have; and latents that are there already.
     write(tmp_path / "made_of.json", {})
     (tmp_path / "00000.safetensors").touch()
