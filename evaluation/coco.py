@@ -19,7 +19,7 @@ import numpy as np
 
 from fid import PROTOCOLS
 from support.captions import read_coco
-from support.errors import InputError, Parser, one_line_errors
+from support.errors import InputError, Parser, one_line_errors, positive_int
 from support.files import listed, make_folder, replaced, write_text
 from support.scoring import check_left_out
 
@@ -59,11 +59,12 @@ CHOICES = {
 }
 
 
-def prepare(protocol: str, captions_file: Path, images: Path, out: Path) -> None:
-    """Write out/prompts.txt and out/reference; each appears whole or not at all."""
+def prepare(protocol: str, captions_file: Path, images: Path, out: Path, count: int | None = None) -> None:
+    """Write out/prompts.txt and out/reference; each appears whole or not at all. count: of prompts."""
     choice = CHOICES[protocol]
+    count = count or choice.count
     captions, names = read_coco(captions_file)
-    chosen = choice.choose([(text, image) for image in names for text in captions.get(image, [])])[: choice.count]
+    chosen = choice.choose([(text, image) for image in names for text in captions.get(image, [])])[:count]
     wanted = list(names) if choice.all_images else [image for _, image in chosen]
     if not chosen:
         raise InputError(f"{captions_file} holds no captions of its images")
@@ -80,7 +81,7 @@ def prepare(protocol: str, captions_file: Path, images: Path, out: Path) -> None
             except OSError:  # exFAT disks, some network shares and Windows have no links
                 shutil.copy(images / name, aside / name)
     write_text(out / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts))
-    print(f"{out / 'prompts.txt'}: {len(prompts)} of {choice.count} prompts; {out / 'reference'}: {len(files)} images")
+    print(f"{out / 'prompts.txt'}: {len(prompts)} of {count} prompts; {out / 'reference'}: {len(files)} images")
 
 
 def main() -> None:
@@ -89,9 +90,10 @@ def main() -> None:
     parser.add_argument("captions", type=Path, help="captions_val2014.json or captions_val2017.json")
     parser.add_argument("images", type=Path, help="folder of the images, val2014 or val2017")
     parser.add_argument("--out", type=Path, required=True, help="folder for prompts.txt and reference")
+    parser.add_argument("--count", type=positive_int, help="prompts, for a trial; default: the protocol's number")
     args = parser.parse_args()
     with one_line_errors(parser):
-        prepare(args.protocol, args.captions, args.images, args.out)
+        prepare(args.protocol, args.captions, args.images, args.out, args.count)
 
 
 if __name__ == "__main__":
