@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from support.errors import InputError
@@ -114,12 +113,11 @@ class Inception(nn.Module):
         return x.mean(dim=(2, 3))
 
     def load(self, file: Path) -> "Inception":
-        """Take the weights of the published file or a .safetensors copy. Raises InputError if any does not fit."""
+        """Take the weights of the published file. Raises InputError if any does not fit."""
         if not file.is_file():
             raise InputError(f"the FID network {file} is missing; get {PUBLISHED} or give its path with --weights")
         try:  # the published file is a pickle: weights_only reads its tensors and refuses whatever would run code
-            safe = file.suffix == ".safetensors"
-            state = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
             if odd := [name for name, w in state.items() if w.dtype not in (torch.float32, torch.int64)]:
                 raise ValueError(f"{odd[0]} is {state[odd[0]].dtype}")
             self.load_state_dict(dict(state))

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, exit_code, refusal
+from helpers import ROOT, exit_code, refusal, same
 from PIL import Image
-from safetensors.torch import save_file
 
 import fid
 from evaluation import clip_fid
@@ -86,12 +85,8 @@ def test_names_and_shapes_are_those_of_the_published_file():
     assert hashlib.sha256(repr(shapes).encode()).hexdigest()[:16] == "d1c9a52dc8072dcb"
 
 
-def test_the_published_file_and_a_safetensors_copy_load(inception, inception_file, tmp_path):
-    state = {name: w for name, w in inception.state_dict().items() if not name.endswith("num_batches_tracked")}
-    save_file(state, tmp_path / "copy.safetensors")
-    for file in inception_file, tmp_path / "copy.safetensors":
-        loaded = fid.Inception().load(file).state_dict()
-        assert all(torch.equal(loaded[name], weight) for name, weight in state.items())
+def test_the_published_file_loads(inception, inception_file):
+    assert same(fid.Inception().load(inception_file).state_dict(), inception.state_dict())
 
 
 class Harmful:

