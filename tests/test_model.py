@@ -7,12 +7,10 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from helpers import ROOT, edit, read, refusal, rewrite, same, write, write_tokenizer
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model import MINIATURE, StableDiffusion, flow_scheduler, save_flow
@@ -62,24 +60,15 @@ def test_the_unconditional_text_of_sdxl_is_zeros_where_the_model_says_so(sdxl, s
     assert close(context[1:], uncond) and close(pooled[1:], pooled_uncond)
 
 
-def test_the_noise_schedule_is_the_official_one(pair):
-    ours, theirs = pair[0].alphas_cumprod, pair[1].scheduler.alphas_cumprod
-    assert ours.shape == (1000,) and torch.allclose(ours, theirs, rtol=1e-4)
-    assert np.isclose(ours[0], 0.99915) and np.isclose(ours[999], 0.00466, rtol=1e-3)
-
-
 # ---- memory and numbers ----
 
 
-@pytest.mark.parametrize("pixels, parts", [(64, [5]), (256, [4, 1]), (1024, [1] * 5)])
-def test_images_pass_the_vae_a_few_at_a_time(pixels, parts):
-    for channels, downscale in (3, 1), (4, 8):
-        batch = torch.empty(5, channels, pixels // downscale, pixels // downscale, device="meta")
-        assert [len(few) for few in StableDiffusion.few_at_a_time(batch, downscale)] == parts
-
-
-def test_a_few_at_a_time_are_the_same_as_all(monkeypatch):
+def test_images_pass_the_vae_a_few_at_a_time_which_changes_nothing(monkeypatch):
     sd, images = load(MINIATURE), draw(3, 3, 64, 64).clamp(-1, 1)
+    for pixels, parts in (64, [5]), (256, [4, 1]), (1024, [1] * 5):
+        for downscale in 1, 8:
+            batch = torch.empty(5, 4, pixels // downscale, pixels // downscale, device="meta")
+            assert [len(few) for few in sd.few_at_a_time(batch, downscale)] == parts
     latents = sd.encode(images)
     decoded, seen = sd.decode(latents), []
 
@@ -217,6 +206,7 @@ def test_a_saved_model_is_identical_to_us_and_to_the_reference(pair, tmp_path):
     for name, network in sd.networks.items():
         assert again.configs[name] == sd.configs[name] | ({"dtype": "float32"} if "text" in name else {})
         assert same(again.networks[name].state_dict(), network.state_dict())
+        assert not again.networks[name].training and not any(w.requires_grad for w in network.parameters())
         assert same(getattr(opened, name).state_dict(), getattr(pipeline, name).state_dict())
     assert again.configs["scheduler"] == sd.configs["scheduler"]
     for ours, theirs in zip(again.tokenizers, sd.tokenizers):
@@ -247,18 +237,6 @@ def test_save_replaces_nothing_but_a_model(sd15, tmp_path):
     for name in "work", "file", "work/thesis.txt":
         assert "exists and is not a model folder" in refusal(sd.save, tmp_path / name)
     assert (tmp_path / "work/thesis.txt").read_text() == "years"
-
-
-def test_save_is_all_or_nothing(sd15, sd15_copy, monkeypatch):
-    def fail_on_the_vae(tensors, file, metadata):
-        if "vae" in str(file):
-            raise SafetensorError("I/O error")
-        save_file(tensors, file, metadata)
-
-    monkeypatch.setattr("support.files.save_file", fail_on_the_vae)
-    before = sorted(sd15_copy.rglob("*"))
-    assert "I/O error" in refusal(load(sd15).save, sd15_copy)
-    assert sorted(sd15_copy.rglob("*")) == before and list(sd15_copy.parent.iterdir()) == [sd15_copy]
 
 
 # ---- what is refused ----
