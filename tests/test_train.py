@@ -212,23 +212,6 @@ def test_a_young_average_forgets_faster(step, kept):
 
 
 @slow
-@pytest.mark.parametrize("kind", ["SDXL", "flow of PeRFlow's SDXL"])
-def test_nothing_is_read_back_from_the_device_on_the_way_to_the_gradient(request, kind):
-    model, scheduler, windows, steps = KINDS[kind]
-    teacher = helpers.shapes_only(request.getfixturevalue(model), **scheduler)
-    student, ema = (build(UNet, teacher.unet.cfg).requires_grad_(on) for on in (True, False))
-    with pytest.raises(RuntimeError, match="meta"):
-        teacher.alphas_cumprod[0].item()
-    args = settings(windows=windows, solver_steps=steps, own_starts=0.5, teacher_guidance=3)
-    with helpers.NoWaiting():
-        loss_of(student, teacher, draw(2, windows), args, variants.trajectory, ema)[0].backward()
-    assert all(weight.grad is not None for weight in student.parameters())
-    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-    torch.optim.AdamW(student.parameters()).step()
-    train.update_ema(ema, student, 0, decay=0.9)
-
-
-@slow
 def test_a_compiled_student_is_one_graph_for_all_updates(sd15):
     teacher, graphs = StableDiffusion.load(sd15), []
     student = StableDiffusion.load(sd15).unet.requires_grad_(True)
@@ -409,8 +392,11 @@ def test_the_diverged_processes_are_named(tmp_path):
 
 
 @slow
-def test_a_device_is_waited_for_once_in_an_update(sd15, tmp_path, monkeypatch):
-    waits, teacher = [], helpers.shapes_only(sd15)
+@pytest.mark.parametrize("kind", ["SDXL", "flow of PeRFlow's SDXL"])
+def test_a_device_is_waited_for_once_in_an_update(request, tmp_path, monkeypatch, kind):
+    name, scheduler, windows, _ = KINDS[kind]
+    folder = request.getfixturevalue(name)
+    waits, teacher = [], helpers.shapes_only(folder, **scheduler)
     student, tolist = build(UNet, teacher.unet.cfg).requires_grad_(True), torch.Tensor.tolist
 
     def told(numbers):
@@ -423,5 +409,7 @@ def test_a_device_is_waited_for_once_in_an_update(sd15, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no such device
     monkeypatch.setattr(train.runs, "save_checkpoint", lambda *_: None)
     monkeypatch.setattr(train, "save_flow", lambda *_: None)
-    assert run("--stage", 1, "--model", sd15, "--iters", 1, "--windows", 32, "--out", tmp_path) == 0
+    ours = ["--windows", windows, "--own-starts", 0.5, "--teacher-guidance", 3]
+    with helpers.NoWaiting():
+        assert run("--stage", 1, "--model", folder, "--iters", 1, *ours, "--out", tmp_path) == 0
     assert waits == ["meta"]
