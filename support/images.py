@@ -113,7 +113,7 @@ def settings_of_png(file: Path) -> dict[str, str]:
             settings = {name: str(value) for name, value in image.info.items() if isinstance(value, str)}
     except Exception:  # as above
         return {}
-    return settings if settings.get("software") == "proreflow" or {"index", "weights"} <= settings.keys() else {}
+    return settings if settings.get("software") == "proreflow" else {}
 
 
 def save_png(image: np.ndarray, file: Path, settings: dict[str, str]) -> None:

@@ -101,8 +101,6 @@ class Inception(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, 299, 299) in [0, 1], made by `clean` or `legacy` -> features (B, 2048), the last average."""
-        if images.shape[1:] != (3, 299, 299):
-            raise InputError(f"the FID network takes images (B, 3, 299, 299), not {tuple(images.shape)}")
         # On GPUs, convolutions round to 10 bits (TF32) by default; that is no longer the same FID.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * images - 1)))  # (B, 64, 147, 147)

@@ -76,7 +76,6 @@ def test_the_network_computes_in_full_precision_what_the_reference_computes(ince
     assert expected.std() > 0.1 and (expected[0] - expected[1]).abs().mean() > 0.01  # a reference that says something
     assert (features - expected).abs().max() / expected.abs().max() < 1e-4 and features.shape == (2, 2048)
     assert tf32 == [False]
-    assert "(B, 3, 299, 299)" in refusal(inception, torch.zeros(1, 3, 256, 256))
 
 
 def test_names_and_shapes_are_those_of_the_published_file():

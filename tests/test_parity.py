@@ -8,6 +8,7 @@ from helpers import TEXT, TEXT_2, UNET, UNET_XL, VAE
 from model import NETWORKS
 from support.layouts import OFFICIAL, PREFIXES, sources_in_folder
 from support.weights import build, read_config
+from unet import UNet, UNetConfig
 
 
 @pytest.mark.slow
@@ -35,6 +36,11 @@ SMALL = {
 @pytest.mark.parametrize("network", SMALL)
 def test_a_network_equals_the_reference(network):
     assert parity.error_of(SMALL[network]) < 1e-4
+
+
+def test_sdxl_without_its_extra_conditions_is_an_error():
+    with torch.device("meta"), pytest.raises(ValueError, match="needs pooled and time_ids"):
+        UNet(read_config(UNetConfig, UNET_XL, "unet"))(torch.ones(1, 4, 8, 8), torch.ones(1), torch.ones(1, 77, 80))
 
 
 def test_the_comparison_notices_a_single_wrong_number():
