@@ -96,19 +96,16 @@ def assign(
 
     Raises InputError if a tensor is missing, left over, or has another shape than the network's.
     """
-    empty = network.state_dict()
+    empty, state = network.state_dict(), {}
     compare(empty, sources, files, where)
-    state = {}
-    todo = sorted(empty, key=lambda key: (files[sources[key][0]], sources[key][0]))
-    # A few tensors at a time: where they have to be converted, the mapped pages they come from then leave memory.
-    for few in (todo[i : i + 24] for i in range(0, len(todo), 24)):
-        for file in {files[sources[key][0]] for key in few}:
+    for file in set(files.values()):
+        keys = sorted((key for key in empty if files[sources[key][0]] == file), key=lambda key: sources[key][0])
+        # A few tensors at a time: where they have to be converted, the mapped pages they come from then leave memory.
+        for i in range(0, len(keys), 24):
             with safe_open(file, framework="pt") as tensors:
-                for key in few:
+                for key in keys[i : i + 24]:
                     name, view = sources[key]
-                    if files[name] == file:
-                        tensor = view(tensors.get_tensor(name)).reshape(empty[key].shape)
-                        state[key] = tensor.to(device, dtype)
+                    state[key] = view(tensors.get_tensor(name)).reshape(empty[key].shape).to(device, dtype)
     network.load_state_dict(state, strict=True, assign=True)
 
 
