@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import reflow
-from model import FLOW, StableDiffusion
+from model import FLOW, MINIATURE, StableDiffusion
+from support import lora, lora_files
 from support.captions import read_prompts, unlearned_words
 from support.devices import choose_device, rank_and_world
 from support.errors import InputError, Parser, at_least_0, one_line_errors, positive_int, seed
@@ -126,7 +127,12 @@ def run(args: argparse.Namespace) -> None:
     make_folder(args.out)
     device = choose_device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "float16"))
+    args.model = args.model or (MINIATURE if args.lora else FLOW)
     sd = StableDiffusion.load(args.model, device, dtype, args.tokenizer, args.variant)
+    if args.lora:
+        update, facts = lora_files.read(args.lora, sd.unet)
+        lora.merged(sd.unet, update, facts["scale"])
+        sd.configs["scheduler"] = facts["scheduler"]
     size, sampler = sd.image_size(args.size), check_sampler(sd, args.sampler, args.steps)
     guidance = sd.guidance if args.guidance is None else args.guidance
     if args.compile:
@@ -138,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {
         "software": "proreflow", "negative_prompt": args.negative_prompt, "seed": args.seed, "steps": args.steps,
         "guidance": guidance, "sampler": sampler, "size": size, "dtype": str(dtype).removeprefix("torch."),
-        "model": args.model.name, "weights": version_of(*filter(None, (args.model, args.tokenizer))),
+        "model": args.model.name, "weights": version_of(*filter(None, (args.model, args.tokenizer, args.lora))),
     }  # fmt: skip
     settings = [
         {k: str(v) for k, v in settings.items()} | {"prompt": p, "index": str(i)} for i, p in enumerate(prompts)
@@ -174,7 +180,8 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", nargs="+", help="one or more prompts")
     source.add_argument("--prompts", type=Path, help="a file with a prompt per line, or a COCO captions JSON")
-    parser.add_argument("--model", type=Path, default=FLOW, help="model folder, or single .safetensors file")
+    parser.add_argument("--model", type=Path, help="model folder or single .safetensors file; default: ProReflow-I")
+    parser.add_argument("--lora", type=Path, help="make a flow of the diffusion model: a file of train.py --lora")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer(s), for a single file")
     parser.add_argument("--variant", help="which of a folder's weight files, such as fp16")
     parser.add_argument("--steps", type=positive_int, default=4, help="NFE per image; twice as many with guidance")

@@ -25,19 +25,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
 import data
 import reflow
 from loss import decomposed_velocity_loss
 from model import MINIATURE, StableDiffusion, flow_scheduler, is_perflow, save_flow
-from support import runs
+from support import lora, lora_files, runs
 from support.captions import read_prompts
 from support.devices import Process
 from support.errors import InputError, Parser, at_least_0, count, one_line_errors, positive, positive_int, seed
 from support.files import read_json
 from support.images import image_grid, to_pixels, write_png
-from support.latents import check_vae
 from support.loader import Stop
 from support.streams import draw_noise
 from unet import ResnetBlock, Transformer, UNet
@@ -69,21 +69,6 @@ DEFAULTS = {
 
 
 # ---- The method -----------------------------------------------------------------------------------------------------
-
-
-def prepare(sd: StableDiffusion, items: dict, device: torch.device) -> dict:
-    """A batch of samples, ready for the networks: latents at the UNet's scale, noise, times, conditions."""
-    # Read before they move: on a GPU, each of these looks would wait for all work that is under way there.
-    captions = ["" if uncond else caption for caption, uncond in zip(items["caption"], items["uncond"])]
-    items = {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in items.items()}
-    if "image" in items:
-        items["mean"], items["log_variance"] = sd.encode_moments(items["image"])
-    deviation = (0.5 * items["log_variance"].float()).exp()
-    z_0 = (items["mean"].float() + deviation * items["posterior"]) * sd.vae.cfg.scaling_factor
-    context, pooled, time_ids = sd.conditions(captions, *(n * sd.downscale for n in z_0.shape[2:]))
-    if time_ids is not None:
-        time_ids = items.get("time_ids", time_ids)
-    return {"z_0": z_0, "noise": items["noise"], "tau": items["tau"], "conditions": (context, pooled, time_ids)}
 
 
 def teacher_trajectory(
@@ -155,19 +140,16 @@ def checkpoint_activations(unet: UNet) -> None:
 def settle(args: argparse.Namespace) -> None:
     """Fill in what the command line left open, and refuse what cannot be, before any work."""
     if args.stage is None and not (args.windows and args.teacher):
-        raise InputError("name a --stage; or, for a stage of your own, --windows and --teacher")
+        raise InputError("name a --stage, or --windows and --teacher (these two: python -m paper.variants)")
     args.name = args.name or (f"stage-{args.stage}" if args.stage else f"windows-{args.windows}")
     args.run, args.result = args.out / f"{args.name}-run", args.out / args.name
     args.windows = args.windows or STAGES[args.stage]
     before = args.out / f"stage-{args.stage - 1}" if args.stage else None
     args.teacher = args.teacher or (args.model or MINIATURE if args.stage == 1 else before)
     args.student = args.student or args.teacher
-    for path in args.teacher, args.student:
-        if not path.exists():
-            hint = f"train stage {args.stage - 1} first, or name a --teacher" if path == before else "check the path"
-            raise InputError(f"the model {path} does not exist; {hint}")
-        if path.is_file():
-            raise InputError(f"{path} is a single file; make a folder of it: python -m tools.convert {path} FOLDER")
+    is_update = args.lora and (args.teacher / lora_files.NAME).exists()  # of a model, by the stage before
+    args.base = args.model or MINIATURE if is_update else args.teacher
+    runs.check_models(args, before)
     configs = read_json(args.teacher / "unet/config.json")
     for name, value in DEFAULTS.get(configs.get("cross_attention_dim"), DEFAULTS["smaller"]).items():
         if getattr(args, name) is None:
@@ -177,26 +159,27 @@ def settle(args: argparse.Namespace) -> None:
 def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[StableDiffusion, UNet]:
     """The teacher with all its parts, frozen, in the low precision of the device; and the student's UNet, in fp32."""
     low = torch.float32 if device.type == "cpu" else torch.bfloat16
-    teacher = StableDiffusion.load(args.teacher, device, low)
+    teacher = StableDiffusion.load(args.base, device, low)
     # Weights are views of the mapped file until they are used: of these, just one part each takes memory.
-    exact = StableDiffusion.load(args.teacher, "cpu", None)
+    exact = StableDiffusion.load(args.base, "cpu", None)
+    teacher.vae = exact.vae.to(device, torch.float32)  # its rounding errors would be in every target
+    if args.lora:
+        return teacher, add_lora(teacher, args)
     student = exact if args.student == args.teacher else StableDiffusion.load(args.student, "cpu", None)
     kinds = [(sd.unet.cfg, sd.prediction_type, is_perflow(sd.configs["scheduler"])) for sd in (exact, student)]
     if kinds[0] != kinds[1]:
         raise InputError(f"the student {args.student} is not built as the teacher {args.teacher}; choose another")
-    teacher.vae = exact.vae.to(device, torch.float32)  # its rounding errors would be in every target
     return teacher, student.unet.to(device, torch.float32).requires_grad_(True)
 
 
-def samples_of(args: argparse.Namespace, sd: StableDiffusion) -> data.Samples:
-    """The data to train on. Latents keep their size; images get the model's."""
-    size = sd.image_size()
-    source = data.open_source(args.data, size, args.augment)
-    latent = sd.unet.cfg.in_channels, size // sd.downscale, size // sd.downscale
-    if isinstance(source, data.Latents):
-        check_vae(args.data, sd.vae)
-        latent = tuple(source[0]["mean"].shape)
-    return data.Samples(source, args.seed, latent, args.windows, args.starts, args.gap)
+def add_lora(teacher: StableDiffusion, args: argparse.Namespace) -> UNet:
+    """The student is the frozen base and an update of rank --lora. So is its teacher, if a stage before made it."""
+    student = lora.attach(teacher.unet, args.lora, args.seed)
+    if args.base != args.teacher:
+        update, teacher.configs["scheduler"] = lora_files.read_stage_before(args, teacher.unet)
+        student.load_state_dict(update)
+        teacher.unet = copy.deepcopy(student)
+    return student.requires_grad_(True)
 
 
 def begin(args: argparse.Namespace, process: Process) -> tuple:
@@ -206,17 +189,12 @@ def begin(args: argparse.Namespace, process: Process) -> tuple:
         runs.claim(args)
     teacher, student = load_networks(args, process.device)
     args.solver_steps = solver_steps(teacher, args.windows, args.solver_steps)
-    samples = samples_of(args, teacher)
+    samples = data.open_samples(args, teacher)
     ema = copy.deepcopy(student).requires_grad_(False)
     adam = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "fused": process.device.type == "cuda"}
-    optimizer = torch.optim.AdamW(student.parameters(), args.lr, **adam)
+    optimizer = process.sharded(AdamW)(student.parameters(), lr=args.lr, **adam)
     parts = {"student": student, "ema": ema, "optimizer": optimizer}
-    settings = {name: getattr(args, name) for name in runs.KEPT} | {"iters": args.iters if args.cooldown else "any"}
-    settings |= {name: runs.weights_in(getattr(args, name)) for name in ("teacher", "student")}
-    settings |= {
-        "data": runs.samples_in(samples.source),
-        "batch": args.batch_size * args.grad_accum_steps * process.world,
-    }
+    settings = runs.settings_of(args, samples.source, args.batch_size * args.grad_accum_steps * process.world)
     return teacher, parts, samples, settings, runs.load_checkpoint(args.run, parts, settings)
 
 
@@ -243,7 +221,7 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
     teacher, parts, samples, settings, start = runs.together(process, lambda: begin(args, process))
     runs.together(process, lambda: runs.same_as_first(process, settings | {"checkpoint": start}, args))
     student, ema, optimizer = parts.values()
-    base = StableDiffusion.load(args.teacher, "cpu", None)  # mapped, not read: its folder may be gone at the end
+    base = StableDiffusion.load(args.base, "cpu", None)  # mapped, not read: its folder may be gone at the end
     save = functools.partial(runs.save_checkpoint, process, args.run, parts, settings)
     if args.gradient_checkpointing:
         checkpoint_activations(student)
@@ -266,7 +244,7 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
                     process.end()
                     raise KeyboardInterrupt
                 left_out += int(items.pop("left_out", torch.zeros(1)).sum())
-                batch = prepare(teacher, items, process.device)
+                batch = data.prepare(teacher, items, process.device)
                 # Gradients travel between processes once, with the last part.
                 wait = process.world > 1 and part < args.grad_accum_steps - 1
                 with network.no_sync() if wait else nullcontext():
@@ -296,7 +274,10 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
     if process.rank == 0:
         scheduler = flow_scheduler(teacher, args.windows, args.teacher_guidance)
         with runs.recorded(args):
-            save_flow(ema, scheduler, base, args.result, torch.float16)
+            unet = lora.merged(base.unet, ema.state_dict()) if args.lora else ema
+            save_flow(unet, scheduler, base, args.result, torch.float16)
+            if args.lora:
+                lora_files.write(args.result, ema.state_dict(), scheduler, settings["base"])
     process.end()
 
 
@@ -304,7 +285,6 @@ def arguments() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     paper = parser.add_argument_group("the paper's")
     paper.add_argument("--stage", type=int, choices=STAGES, help="8, 4, 2 or 1 windows, taught by the stage before")
-    paper.add_argument("--windows", type=positive_int, help="this number of windows instead; needs --teacher")
     paper.add_argument("--model", type=Path, help="stage 1: the diffusion model's folder; default: the miniature")
     paper.add_argument("--teacher", type=Path, help="whose trajectories are learned; default: the stage before")
     paper.add_argument("--data", type=Path, help="latents, captioned images or 'DIR/*.tar'; default: drawn scenes")
@@ -325,10 +305,10 @@ def arguments() -> Parser:
     machine.add_argument("--compile", action="store_true", help="torch.compile both networks: slow start, then faster")
     machine.add_argument("--device", help="cpu, cuda, ...; default: this process's GPU if there is one")
     ours = parser.add_argument_group("not the paper's (more: python -m paper.variants)")
-    ours.add_argument("--augment", action="store_true", help="crop images at random places, mirror half of them")
+    ours.add_argument("--lora", type=positive_int, help="train only a low-rank update of this rank: less memory")
     # Set by paper/variants.py alone, or by DEFAULTS.
-    variants = dict.fromkeys(["name", "student", "solver_steps", "warmup", "ema", "starts", "gap", "cooldown"])
-    parser.set_defaults(**variants, own_starts=0.0, teacher_guidance=1.0)
+    variants = "name windows student solver_steps warmup ema starts gap cooldown".split()
+    parser.set_defaults(**dict.fromkeys(variants), augment=False, own_starts=0.0, teacher_guidance=1.0)
     return parser
 
 

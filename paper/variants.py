@@ -60,6 +60,7 @@ def main() -> None:
     parser.description = __doc__
     ours = parser.add_argument_group("not the paper's, either")
     ours.add_argument("--name", help="name of the result in --out; default: stage-K or windows-K")
+    ours.add_argument("--windows", type=positive_int, help="a stage of this number of windows; needs --teacher")
     ours.add_argument("--student", type=Path, help="the student starts from this model's weights, not the teacher's")
     ours.add_argument("--teacher-guidance", type=at_least_0, help="of the trajectories; default: 1, none, the paper's")
     ours.add_argument("--own-starts", type=share, help="share of samples on the student's trajectory; default: 0")
@@ -69,6 +70,7 @@ def main() -> None:
     ours.add_argument("--warmup", type=count, help="updates until the learning rate is reached; default: by model")
     ours.add_argument("--cooldown", type=share, help="share of updates, at the end, in which it falls to zero")
     ours.add_argument("--ema", type=share, help="decay of the moving average of the weights; default: by model")
+    ours.add_argument("--augment", action="store_true", help="crop images at random places, mirror half of them")
     train.main(parser, lambda args: train.run(args, trajectory))
 
 

@@ -1,11 +1,14 @@
 """Which process this is among those that torchrun started, what they tell each other, and which device it uses."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.optim import Optimizer
 
 from support.errors import InputError
 
@@ -59,6 +62,14 @@ class Process:
             reason = str(error).partition("\n")[0]
             raise InputError(f"another process has ended, see its message ({reason})") from None
         return everyone
+
+    def sharded(self, optimizer: type[Optimizer]) -> Callable[..., Optimizer]:
+        """Its constructor; with several processes, each holds the state of a share of the weights (ZeRO, stage 1)."""
+        if self.world == 1:
+            return optimizer
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import, with a warning
+
+        return partial(ZeroRedundancyOptimizer, optimizer_class=optimizer)
 
     def end(self) -> None:
         """Wait for all to come here."""

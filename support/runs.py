@@ -26,9 +26,11 @@ from support.devices import Process
 from support.errors import InputError
 from support.files import fingerprint, make_folder, remove, replaced, write_text
 
-INPUTS = "teacher", "student", "data"
+INPUTS = "base", "teacher", "student", "data"
 # What a resumed run must have in common with the interrupted one, besides the content of the inputs.
-KEPT = "windows alpha solver_steps lr warmup starts gap cooldown ema seed augment own_starts teacher_guidance".split()
+KEPT = (
+    "windows alpha solver_steps lr warmup starts gap cooldown ema seed augment lora own_starts teacher_guidance".split()
+)
 locks = []  # of this process, until it ends
 
 
@@ -51,6 +53,18 @@ def same_as_first(process: Process, facts: dict, args: argparse.Namespace) -> No
         if facts[name] != value:
             folder = getattr(args, name) if name in INPUTS else args.run
             raise InputError(f"{name} is {facts[name]}, but {value} in rank 0; all machines must share {folder}")
+
+
+def check_models(args: argparse.Namespace, before: Path | None) -> None:
+    """Raise InputError unless the models that training needs are folders. before: that of the stage before."""
+    for path in args.base, args.teacher, args.student:
+        if not path.exists():
+            hint = f"train stage {args.stage - 1} first, or name a --teacher" if path == before else "check the path"
+            raise InputError(f"the model {path} does not exist; {hint}")
+        if path.is_file():
+            raise InputError(f"{path} is a single file; make a folder of it: python -m tools.convert {path} FOLDER")
+    if args.lora and args.student != args.teacher:
+        raise InputError("--lora trains an update of the teacher; leave --student out")
 
 
 def claim(args: argparse.Namespace) -> None:
@@ -91,6 +105,14 @@ def recorded(args: argparse.Namespace) -> Iterator[None]:
     print(f"{args.result} is ready: python sample.py --model {args.result} --steps {max(args.windows, 4)} --prompt ...")
 
 
+def settings_of(args: argparse.Namespace, source: Dataset, batch: int) -> dict:
+    """What a resumed run must have in common with the interrupted one. batch: samples of an update."""
+    settings = {name: getattr(args, name) for name in KEPT} | {"iters": args.iters if args.cooldown else "any"}
+    models = {folder: weights_in(folder) for folder in {args.base, args.teacher, args.student}}
+    settings |= {name: models[getattr(args, name)] for name in ("teacher", "student", "base")}
+    return settings | {"data": samples_in(source), "batch": batch}
+
+
 def weights_in(model: Path) -> str:
     """Tells the model in a folder from another one there: the fingerprint of a thousand numbers of each tensor."""
     few = []
@@ -118,6 +140,8 @@ def checkpoints(run: Path) -> list[Path]:
 def save_checkpoint(process: Process, run: Path, parts: dict[str, object], settings: dict, step: int) -> None:
     """All that going on needs, in one file run/step-N.pt. The one before it is kept, too, where there is room."""
     file, older = run / f"step-{step:07d}.pt", checkpoints(run)
+    if step > 0 and hasattr(parts["optimizer"], "consolidate_state_dict"):  # each process holds a share of the state
+        parts["optimizer"].consolidate_state_dict()
     if process.rank > 0 or step == 0 or file in older:
         return
     state = {name: part.state_dict() for name, part in parts.items()} | {"step": step, "settings": settings}

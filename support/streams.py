@@ -16,6 +16,7 @@ ORDER, CROP = 5, 6  # of an epoch; of an image
 TIME, NOISE, POSTERIOR, UNCOND = 7, 8, 9, 10  # of a training sample; also keyed by the stage's number of windows
 SAMPLING = 11  # the noise that an image starts from
 READING, CONTRAST = 12, 13  # captions in training the miniature's CLIP
+LORA = 14  # the first values of an update
 
 
 def stream(purpose: int, seed: int, *numbers: int) -> np.random.Generator:

@@ -16,11 +16,10 @@ from helpers import ONE_THREAD, refusal, rewrite
 from PIL import Image
 from test_train import SHORT, log_of, run, state_of
 
-import data
 import train
 from model import StableDiffusion
 from paper import variants
-from support import devices, errors, runs
+from support import datasets, devices, errors, runs
 from support.loader import SIGNALS, Stop
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -63,6 +62,7 @@ def begin(sd15, tmp_path, networks, monkeypatch):
     """The start of stage 1 of a copy of sd15, with a small network for its student: (arguments, what it returns)."""
     shutil.copytree(sd15, tmp_path / "base")
     monkeypatch.setattr(train, "load_networks", lambda *_: networks)
+    monkeypatch.setattr(devices.Process, "sharded", lambda self, optimizer: optimizer)  # which needs processes
 
     def begin(world=1, **given):
         args = train.arguments().parse_args(["--stage", "1", "--resume"])
@@ -80,7 +80,7 @@ def command(tmp_path, **given):
     """What `train.settle` makes of a command."""
     (tmp_path / "base").mkdir(exist_ok=True)
     args = {"name": "stage-1", "teacher": tmp_path / "base", "data": None, "resume": False, "out": tmp_path}
-    args = SimpleNamespace(**{"student": tmp_path / "base"} | args | given)
+    args = SimpleNamespace(**dict.fromkeys(["base", "student"], tmp_path / "base") | args | given)
     args.run, args.result = args.out / f"{args.name}-run", args.out / args.name
     return args
 
@@ -92,7 +92,9 @@ def test_a_result_never_replaces_what_it_is_made_from(tmp_path, out, name, kind)
     used, other = tmp_path / "above/base", tmp_path / "other"
     used.mkdir(parents=True)
     (tmp_path / "base").symlink_to(used)
-    args = command(tmp_path, **{"teacher": other, "student": other, kind: used}, out=tmp_path / out, name=name)
+    args = command(
+        tmp_path, **{"base": other, "teacher": other, "student": other, kind: used}, out=tmp_path / out, name=name
+    )
     assert "which is needed; choose another --out" in refusal(runs.claim, args)
     assert list(used.iterdir()) == []
     runs.claim(command(tmp_path, **{kind: used}))
@@ -274,13 +276,13 @@ def test_a_resumed_run_keeps_its_settings_but_not_how_it_computes_them(begin, tm
 def test_one_image_more_is_other_data(tmp_path):
     for name in "a", "b":
         Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
-    before = runs.samples_in(data.Folder(tmp_path, 64))
+    before = runs.samples_in(datasets.Folder(tmp_path, 64))
     copy = shutil.copytree(tmp_path, tmp_path.with_name("copy"))
-    assert runs.samples_in(data.Folder(copy, 64)) == before
+    assert runs.samples_in(datasets.Folder(copy, 64)) == before
     (copy / "b.png").rename(copy / "c.png")
     Image.new("RGB", (64, 64)).save(tmp_path / "c.png")
-    assert len({before, *(runs.samples_in(data.Folder(where, 64)) for where in (copy, tmp_path))}) == 3
-    assert runs.samples_in(data.Scenes(0)) != runs.samples_in(data.Scenes(1))
+    assert len({before, *(runs.samples_in(datasets.Folder(where, 64)) for where in (copy, tmp_path))}) == 3
+    assert runs.samples_in(datasets.Scenes(0)) != runs.samples_in(datasets.Scenes(1))
 
 
 @slow
@@ -383,7 +385,7 @@ def test_a_result_that_cannot_be_written_is_finished_with_resume(tmp_path):
 
 @slow
 def test_a_reader_of_data_that_dies_ends_the_run(sd15, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data.Scenes, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(datasets.Scenes, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert run("--stage", 1, "--model", sd15, "--workers", 1, "--iters", 1, "--out", tmp_path) == 2
     assert "error: DataLoader worker (pid" in capsys.readouterr().err
 

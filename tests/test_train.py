@@ -21,6 +21,7 @@ import sample
 import train
 from model import StableDiffusion
 from paper import variants
+from support import datasets
 from support.images import image_grid
 from support.latents import write_latents
 from support.weights import build
@@ -54,7 +55,7 @@ def state_of(folder):
 
 def draw(size, windows=8):
     """The first batch of training on scenes."""
-    samples = data.Samples(data.Scenes(0), 0, (4, 8, 8), windows)
+    samples = data.Samples(datasets.Scenes(0), 0, (4, 8, 8), windows)
     return next(iter(data.batches(samples, 0, 1, size, 0, 1, 0)))
 
 
@@ -64,7 +65,7 @@ def settings(**given):
 
 
 def loss_of(student, teacher, items, args, trajectory=train.teacher_trajectory, ema=None):
-    batch = train.prepare(teacher, items, teacher.device)
+    batch = data.prepare(teacher, items, teacher.device)
     with torch.no_grad():
         path = trajectory(teacher, ema, batch, args)
     return train.compute_loss(student, teacher, batch, path, args.windows, args.alpha)
@@ -211,9 +212,9 @@ def test_a_young_average_forgets_faster(step, kept):
 
 def test_cached_latents_stand_for_their_images(sd15):
     sd, items = StableDiffusion.load(sd15), draw(2)
-    expected = train.prepare(sd, dict(items), CPU)
+    expected = data.prepare(sd, dict(items), CPU)
     mean, log_variance = sd.vae.encode(items.pop("image"))
-    ours = train.prepare(sd, items | {"mean": mean, "log_variance": log_variance}, CPU)
+    ours = data.prepare(sd, items | {"mean": mean, "log_variance": log_variance}, CPU)
     for name in "z_0", "noise", "tau":
         assert torch.equal(ours[name], expected[name])
 
@@ -305,14 +306,14 @@ def test_a_sheet_shows_what_the_average_draws(stages):
 
 def test_sdxl_is_given_the_sizes_of_each_image(sdxl):
     sd, sizes = StableDiffusion.load(sdxl), torch.tensor([[64, 96, 0, 16, 64, 64], [64, 128, 0, 32, 64, 64]])
-    _, pooled, time_ids = train.prepare(sd, draw(2) | {"time_ids": sizes}, CPU)["conditions"]
+    _, pooled, time_ids = data.prepare(sd, draw(2) | {"time_ids": sizes}, CPU)["conditions"]
     assert pooled.shape == (2, 48) and torch.equal(time_ids, sizes)
 
 
 # ---- what is refused ----
 
 REFUSED = {
-    "--windows 4": "name a --stage; or, for a stage of your own, --windows and --teacher",
+    "--windows 4": "name a --stage, or --windows and --teacher",
     "--stage 1 --model nowhere": "the model nowhere does not exist; check the path",
     "--stage 2": "stage-1 does not exist; train stage 1 first, or name a --teacher",
     "--stage 1 --model {file}": "is a single file; make a folder of it: python -m tools.convert ",
