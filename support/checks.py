@@ -58,6 +58,10 @@ OTHERS = {
     "zero_terminal_snr": "a model with zero terminal SNR",
     "edm_": "an EDM model, with another noise schedule", "edm_vpred": "an EDM model that predicts v",
 }  # fmt: skip
+ARCHITECTURES = {
+    "SD1.5": ("stable-diffusion-v1", "stable-diffusion-v1-5"),
+    "SDXL": ("stable-diffusion-xl-v1-base", "stable-diffusion-xl-v1"),
+}
 FLAGS = ("ss_v_parameterization", "ss_zero_terminal_snr", "ss_v2", "v_pred", "ztsnr")  # of a header's metadata
 
 
@@ -86,14 +90,16 @@ def check_scheduler(scheduler: dict, where: str | Path) -> None:
         raise InputError(f"{where}: scheduler num_time_windows = {windows!r} is not a number from 1 to 1000")
 
 
-def check_metadata(metadata: dict[str, str], where: Path) -> None:
-    """Raise InputError where the header of a single file says that it predicts something else than epsilon."""
+def check_metadata(metadata: dict[str, str], family: str, where: Path) -> None:
+    """Raise InputError where the header of a single file says that it holds another kind of model."""
     for key, value in metadata.items():
         name, said = key.rpartition(".")[2].lower(), value.lower()
         is_flag = name in FLAGS and said not in ("false", "0", "none", "")
         another = name in ("prediction_type", "predict_key") and said not in ("epsilon", "eps", "")
+        if name == "architecture" and key.startswith("modelspec."):
+            another = said not in ARCHITECTURES[family]
         if is_flag or another and not key.startswith("scheduler."):
-            raise InputError(f"{where}: its metadata says {key} = {value}; only models that predict epsilon are ours")
+            raise InputError(f"{where}: its metadata says {key} = {value}; only {family} that predicts epsilon is ours")
 
 
 def check_buffers(file: Path, names: list[str], alphas_cumprod: Tensor) -> None:
@@ -121,9 +127,15 @@ def check_fit(networks: dict[str, nn.Module], tokenizers: list, path: Path) -> N
         if tokenizer.length > cfg.max_position_embeddings:
             lengths = f"{tokenizer.length} tokens long, the text encoder takes {cfg.max_position_embeddings}"
             raise InputError(f"{path}: the tokenizer's texts are {lengths}; correct model_max_length")
+    if len({tokenizer.length for tokenizer in tokenizers}) > 1:
+        raise InputError(f"{path}: the two tokenizers' texts differ in length; correct model_max_length")
     unet, vae, width = networks["unet"].cfg, networks["vae"].cfg, sum(cfg.hidden_size for cfg in encoders)
     if unet.cross_attention_dim != width:
         raise InputError(f"{path}: the UNet expects text of width {unet.cross_attention_dim}, not {width}")
+    sizes = encoders[-1].projection_dim + 6 * (unet.addition_time_embed_dim or 0) if len(encoders) == 2 else None
+    if sizes != (unet.projection_class_embeddings_input_dim if unet.addition_embed_type else None):
+        found = unet.projection_class_embeddings_input_dim
+        raise InputError(f"{path}: the UNet takes {found} numbers of pooled text and sizes, the encoders make {sizes}")
     if not unet.in_channels == unet.out_channels == vae.latent_channels:
         raise InputError(
             f"{path}: the UNet maps {unet.in_channels} channels to {unet.out_channels}, the latents have "

@@ -228,7 +228,7 @@ def read_single_file(
     if variant:
         raise InputError(f"{file} is a single file, which has no variants; leave --variant out")
     family = family_of(names, file)
-    check_metadata(metadata, file)
+    check_metadata(metadata, family, file)
     check_buffers(file, names, alphas_cumprod)
     configs = copy.deepcopy(OFFICIAL[family])
     configs["scheduler"] |= scheduler_in(metadata, file)
