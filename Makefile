@@ -21,7 +21,7 @@ lint: .venv/ready-dev
 	$(BIN)/ruff format --check .
 
 parity: .venv/ready-dev  ## compare every network with diffusers and transformers, SDXL at full size included
-	PYTHONPATH=. $(BIN)/python tests/parity.py --full
+	PYTHONPATH=. $(BIN)/python tests/parity.py
 
 miniature: .venv/ready  ## train the miniature again, from nothing
 	$(BIN)/python -m miniature.train

@@ -25,12 +25,12 @@ def decode_in_bands(vae: nn.Module, latents: Tensor, rows: int = 64) -> Tensor:
             x = resnet_in_bands(layer, x, rows)
         for layer in block.upsamplers:
             x = convolve_in_bands(layer.conv, x, rows, lambda band: F.interpolate(band, scale_factor=2.0))
-    return convolve_in_bands(decoder.conv_out, x, rows, normalize(decoder.conv_norm_out, x, rows))
+    return convolve_in_bands(decoder.conv_out, x, rows, normalize(decoder.conv_norm_out, x))
 
 
 def resnet_in_bands(block: nn.Module, x: Tensor, rows: int) -> Tensor:
-    h = convolve_in_bands(block.conv1, x, rows, normalize(block.norm1, x, rows))
-    h = convolve_in_bands(block.conv2, h, rows, normalize(block.norm2, h, rows))
+    h = convolve_in_bands(block.conv1, x, rows, normalize(block.norm1, x))
+    h = convolve_in_bands(block.conv2, h, rows, normalize(block.norm2, h))
     for band, shortcut in zip(h.split(rows, dim=2), x.split(rows, dim=2)):
         band += shortcut if block.conv_shortcut is None else block.conv_shortcut(shortcut)
     return h
@@ -50,15 +50,12 @@ def convolve_in_bands(conv: nn.Conv2d, x: Tensor, rows: int, before: Callable[[T
     return out
 
 
-def normalize(norm: nn.GroupNorm, x: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+def normalize(norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
     """silu(norm(x)), as a function for bands of x: mean and variance are taken from all of x, here and now."""
-    groups, count, mean, square = norm.num_groups, x[0].numel() // norm.num_groups, 0, 0
-    for band in x.split(rows, dim=2):
-        band = band.float().unflatten(1, (groups, -1))  # (B, groups, C / groups, rows, W)
-        mean, square = mean + band.sum((2, 3, 4)) / count, square + band.square().sum((2, 3, 4)) / count
-    deviation = (square - mean.square() + norm.eps).sqrt()
-    weight, bias = (part.float().unflatten(0, (groups, -1)) for part in (norm.weight, norm.bias))
-    scale = weight / deviation[:, :, None]
-    shift = bias - mean[:, :, None] * scale
-    scale, shift = (part.flatten(1)[:, :, None, None] for part in (scale, shift))
+    groups = x.float().unflatten(1, (norm.num_groups, -1))  # (B, groups, C / groups, H, W)
+    variance, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0)
+    each = norm.num_channels // norm.num_groups
+    scale = norm.weight.float() / (variance + norm.eps).sqrt().repeat_interleave(each, dim=1)  # (B, C)
+    shift = norm.bias.float() - mean.repeat_interleave(each, dim=1) * scale
+    scale, shift = scale[:, :, None, None], shift[:, :, None, None]
     return lambda band: F.silu(torch.addcmul(shift, band.float(), scale).to(band.dtype), inplace=True)

@@ -9,25 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from support.errors import InputError
-from support.files import listed
-
-
-def decode(content: bytes) -> str:
-    """UTF-8, with or without a byte order mark. Raises ValueError."""
-    text = content.decode("utf-8-sig")
-    if "\0" in text:
-        raise ValueError("it holds zero bytes")
-    return text
-
-
-def read_text(path: Path) -> str:
-    """The content of a text file. Raises InputError."""
-    try:
-        return decode(Path(path).read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; check the path") from None
-    except ValueError as error:
-        raise InputError(f"cannot read {path}: it is no UTF-8 text ({error}); save it as UTF-8") from None
+from support.files import listed, read_json, read_text
 
 
 def lines_of(text: str) -> list[str]:
@@ -51,9 +33,8 @@ def read_coco(path: Path) -> tuple[dict[object, list[str]], dict[object, str]]:
 
     A caption that is no text is named on stderr and left out. A file may name no images. Raises InputError.
     """
-    captions, names, problems = {}, {}, []
+    content, captions, names, problems = read_json(path), {}, {}, []
     try:
-        content = json.loads(read_text(path))
         for image in content.get("images") or []:
             names[image["id"]] = Path(image["file_name"]).name
         for annotation in content["annotations"]:
@@ -63,9 +44,7 @@ def read_coco(path: Path) -> tuple[dict[object, list[str]], dict[object, str]]:
                 problems.append(f"image {annotation['image_id']} ({error})")
             else:
                 captions.setdefault(annotation["image_id"], []).append(caption)
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is not a COCO captions JSON: annotations with image_id and caption") from None
     if problems:
         print(f"notice: {path}: {len(problems)} captions are left out: {listed(problems)}", file=sys.stderr)

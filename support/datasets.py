@@ -15,8 +15,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from support import scenes
-from support.captions import caption_of, decode, read_metadata, read_text
+from support.captions import caption_of, read_metadata
 from support.errors import InputError
+from support.files import decode, read_text
 from support.images import LARGEST, find_files, find_images, read_image
 from support.latents import Latents, latents_in
 from support.shards import read_tables, shard_files, shards_in
@@ -123,8 +124,8 @@ class Shards(Images):
     """Tar files as img2dataset writes them: for every sample KEY.jpg, its caption in KEY.txt or else in KEY.json, and
     there the size that the image had before it was shrunk for the shard.
 
-    `where`: a folder of tar files, a text file that lists them, or a pattern, "laion/{00000..00059}.tar" or
-    "laion/*.tar". At the start, only the headers in the tars are read.
+    `where`: a folder of tar files, or a pattern, "laion/{00000..00059}.tar" or "laion/*.tar". At the start, only the
+    headers in the tars are read.
     """
 
     def __init__(self, where: Path, size: int, augment: bool = False, buffer: int = 10_000):

@@ -15,23 +15,34 @@ from torch import Tensor
 
 from support.errors import InputError
 
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+def decode(content: bytes) -> str:
+    """UTF-8, with or without the byte order mark that some editors begin with. Raises ValueError."""
+    text = content.decode("utf-8-sig")
+    if "\0" in text:
+        raise ValueError("it holds zero bytes")
+    return text
+
+
+def read_text(path: Path) -> str:
+    """The content of a text file. Raises InputError."""
+    try:
+        return decode(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; check the path") from None
+    except ValueError as error:
+        raise InputError(f"cannot read {path}: it is no UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def read_json(path: Path) -> dict:
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin with a mark
-        if not isinstance(content, dict):
-            raise ValueError("no names and values in braces")
-        return content
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; a model folder in the official layout has it") from None
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON ({error}); fetch the file again") from None
-
-
-def refuse_pickle(path: Path) -> None:
-    raise InputError(f"{path} is a pickle, which can run any code when opened; get the model's .safetensors file")
+    if not isinstance(content, dict):
+        raise InputError(f"{path} does not hold names and values in braces; fetch the file again")
+    return content
 
 
 def listed(names: list[str], count: int = 3) -> str:

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from support.errors import InputError
-from support.files import PICKLES, read_json, refuse_pickle
+from support.files import read_json
 
 STEMS = {  # how the weight files of a part are called
     "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
@@ -16,10 +16,14 @@ STEMS = {  # how the weight files of a part are called
 }  # fmt: skip
 
 
+def refuse_pickle(file: Path) -> None:
+    if file.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl"):
+        raise InputError(f"{file} is a pickle, which can run any code when opened; get the model's .safetensors file")
+
+
 def read_header(file: Path) -> tuple[list[str], dict[str, str]]:
     """Names of the tensors in a safetensors file, and its metadata; only the header is read."""
-    if file.suffix in PICKLES:
-        refuse_pickle(file)
+    refuse_pickle(file)
     try:
         with safe_open(file, framework="pt") as tensors:
             return list(tensors.keys()), tensors.metadata() or {}
@@ -58,8 +62,7 @@ def find_tensors(folder: Path, stem: str, dtype: torch.dtype | None, variant: st
     choice = [name for name in wanted if name in found] or list(found)
     if not choice:
         for file in sorted(folder.glob("*")):
-            if file.suffix in PICKLES:
-                refuse_pickle(file)
+            refuse_pickle(file)
         raise InputError(f"{folder} has no weights: {stem}.safetensors is missing")
     if choice[0] not in wanted and len(found) > 1:
         raise InputError(f"{folder} has several variants; choose one with --variant: {', '.join(sorted(found))}")

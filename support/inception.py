@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from support.errors import InputError
@@ -102,8 +101,6 @@ class Inception(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, 299, 299) in [0, 1], made by `clean` or `legacy` -> features (B, 2048), the last average."""
-        if images.shape[1:] != (3, 299, 299):
-            raise InputError(f"the FID network takes images (B, 3, 299, 299), not {tuple(images.shape)}")
         # On GPUs, convolutions round to 10 bits (TF32) by default; that is no longer the same FID.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * images - 1)))  # (B, 64, 147, 147)
@@ -114,12 +111,11 @@ class Inception(nn.Module):
         return x.mean(dim=(2, 3))
 
     def load(self, file: Path) -> "Inception":
-        """Take the weights of the published file or a .safetensors copy. Raises InputError if any does not fit."""
+        """Take the weights of the published file. Raises InputError if any does not fit."""
         if not file.is_file():
             raise InputError(f"the FID network {file} is missing; get {PUBLISHED} or give its path with --weights")
         try:  # the published file is a pickle: weights_only reads its tensors and refuses whatever would run code
-            safe = file.suffix == ".safetensors"
-            state = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
             if odd := [name for name, w in state.items() if w.dtype not in (torch.float32, torch.int64)]:
                 raise ValueError(f"{odd[0]} is {state[odd[0]].dtype}")
             self.load_state_dict(dict(state))

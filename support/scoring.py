@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +67,11 @@ def read_ahead(
 
     bar = tqdm(total=len(files), desc=title, unit=" images", disable=title is None)
     with bar, ThreadPoolExecutor(max(workers, 1)) as threads:
-        starts, ahead = deque(range(0, len(files), size)), deque()
-        while starts or ahead:
-            while starts and len(ahead) < 3:
-                start = starts.popleft()
-                ahead.append(threads.map(attempt, range(start, min(start + size, len(files)))))
-            batch = list(ahead.popleft())
-            if readable := [item for item in batch if item]:
+        batches = [range(start, min(start + size, len(files))) for start in range(0, len(files), size)]
+        waiting, reading = iter(batches), deque()
+        for batch in batches:
+            reading.extend(threads.map(attempt, more) for more in islice(waiting, 3 - len(reading)))
+            if readable := [item for item in reading.popleft() if item]:
                 yield readable
             bar.update(len(batch))
 

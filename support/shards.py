@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from support.captions import lines_of, read_text
 from support.devices import rank_and_world
 from support.errors import InputError
 from support.images import SUFFIXES, is_hidden
@@ -23,16 +22,10 @@ def shards_in(folder: Path) -> list[Path]:
 
 
 def shard_files(where: Path) -> list[Path]:
-    """The tar files that a folder, a list or a pattern means. Raises InputError where one does not exist."""
-    if where.is_dir():
-        names = map(str, shards_in(where))
-    elif where.suffix.lower() == ".txt":
-        lines = [line.strip().replace("\\", "/") for line in lines_of(read_text(where))]
-        names = [str(where.parent / line) for line in lines if line]
-    else:
-        names = expand(str(where))
-    files = []
-    for name in names:
+    """The tar files that a folder or a pattern means. Raises InputError where one does not exist."""
+    files = shards_in(where) if where.is_dir() else []
+    patterns = [] if where.is_dir() else expand(str(where))
+    for name in patterns:
         found = sorted(map(Path, glob.glob(name.replace("[", "[[]"))))  # names may hold brackets
         if not found:
             raise InputError(f"{name} does not exist; check the path")

@@ -1,8 +1,7 @@
 """Chance: every purpose has its own stream of random numbers, so that no two draws are ever the same by accident.
 
-A stream is keyed (purpose, seed, number): number is that of a scene, a prompt, a training sample, an image, ... So item
-n
-depends on (seed, n) alone: not on batches, not on the number of processes, not on what was drawn before it.
+A stream is keyed (purpose, seed, number): number is that of a scene, a prompt, a training sample, an image, ...
+So item n depends on (seed, n) alone: not on batches, not on the number of processes, not on earlier draws.
 """
 
 import numpy as np

@@ -96,19 +96,16 @@ def assign(
 
     Raises InputError if a tensor is missing, left over, or has another shape than the network's.
     """
-    empty = network.state_dict()
+    empty, state = network.state_dict(), {}
     compare(empty, sources, files, where)
-    state = {}
-    todo = sorted(empty, key=lambda key: (files[sources[key][0]], sources[key][0]))
-    # A few tensors at a time: where they have to be converted, the mapped pages they come from then leave memory.
-    for few in (todo[i : i + 24] for i in range(0, len(todo), 24)):
-        for file in {files[sources[key][0]] for key in few}:
+    for file in set(files.values()):
+        keys = sorted((key for key in empty if files[sources[key][0]] == file), key=lambda key: sources[key][0])
+        # A few tensors at a time: where they have to be converted, the mapped pages they come from then leave memory.
+        for i in range(0, len(keys), 24):
             with safe_open(file, framework="pt") as tensors:
-                for key in few:
+                for key in keys[i : i + 24]:
                     name, view = sources[key]
-                    if files[name] == file:
-                        tensor = view(tensors.get_tensor(name)).reshape(empty[key].shape)
-                        state[key] = tensor.to(device, dtype)
+                    state[key] = view(tensors.get_tensor(name)).reshape(empty[key].shape).to(device, dtype)
     network.load_state_dict(state, strict=True, assign=True)
 
 
@@ -119,26 +116,23 @@ def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def compare(empty: dict[str, torch.Tensor], sources: dict[str, Source], files: dict[str, Path], where: str) -> None:
     """Raise InputError unless `files` holds exactly the tensors that `empty` wants, in their shapes."""
-    wanted = {name for name, _ in sources.values()}
-    problems = []
-    if missing := sorted(wanted - files.keys()):
-        problems.append(f"{len(missing)} missing ({listed(missing)})")
-    if extra := sorted(name for name in files.keys() - wanted if not LEFT_OVER.search(name)):
-        problems.append(f"{len(extra)} that the network does not have ({listed(extra)})")
-    shapes = {}
+    shapes, misshapen = {}, []
     for file in set(files.values()):
         with safe_open(file, framework="pt") as tensors:
             shapes |= {name: tensors.get_slice(name).get_shape() for name in files if files[name] == file}
-    misshapen = []
+    wanted = {name for name, _ in sources.values()}
     for key, (name, view) in sources.items():
         if name in shapes:
             try:
                 found = tuple(view(torch.empty(shapes[name], device="meta")).shape)
-            except (RuntimeError, IndexError):
+            except (RuntimeError, IndexError):  # it cannot even be transposed or cut
                 found = tuple(shapes[name])
             if without_ones(found) != without_ones(empty[key].shape):
                 misshapen.append(f"{name} is {found}, should be {tuple(empty[key].shape)}")
-    if misshapen:
-        problems.append(f"{len(misshapen)} of another shape ({listed(misshapen)})")
-    if problems:
-        raise InputError(f"{where}: the tensors do not fit the config: {'; '.join(problems)}")
+    problems = {
+        "missing": sorted(wanted - files.keys()),
+        "that the network does not have": sorted(n for n in files.keys() - wanted if not LEFT_OVER.search(n)),
+        "of another shape": misshapen,
+    }
+    if told := [f"{len(names)} {what} ({listed(names)})" for what, names in problems.items() if names]:
+        raise InputError(f"{where}: the tensors do not fit the config: {'; '.join(told)}")

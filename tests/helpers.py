@@ -98,12 +98,13 @@ def same(tensors, others):
 
 
 VOCABULARY = 2 * 256 + len(MERGES) + 2
-TEXT = {
+SMALL_TEXT = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3,
     "num_attention_heads": 4, "projection_dim": 32, "bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1,
     "pad_token_id": VOCABULARY - 1,
 }  # fmt: skip
-TEXT_2 = TEXT | {"hidden_size": 48, "intermediate_size": 192, "projection_dim": 48, "hidden_act": "gelu"}
+WIDER = {"hidden_size": 48, "intermediate_size": 192, "projection_dim": 48}
+TEXT, TEXT_2 = layouts.SD15["text_encoder"] | SMALL_TEXT, layouts.SDXL["text_encoder_2"] | SMALL_TEXT | WIDER
 UNET = layouts.SD15["unet"] | {
     "block_out_channels": [8, 16, 32, 32], "norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 32,
     "sample_size": 8,

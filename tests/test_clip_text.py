@@ -7,8 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from helpers import edit, randomize, read, refusal, write
-from parity import SMALL_CLIP_L
+from helpers import TEXT, edit, randomize, read, refusal, write
 
 from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer
 from support.weights import read_config
@@ -116,7 +115,7 @@ def test_a_damaged_tokenizer_is_refused(tokenizer, tmp_path, file, content, comp
 @pytest.mark.parametrize("eos_token_id", [2, 99])
 def test_the_sentence_vector_is_taken_at_the_first_end_token(eos_token_id):
     # 2 is what old configs say; 99 is the end token and the largest id
-    settings = SMALL_CLIP_L | {"vocab_size": 100, "eos_token_id": eos_token_id}
+    settings = TEXT | {"vocab_size": 100, "eos_token_id": eos_token_id}
     encoder = randomize(ClipText(read_config(ClipTextConfig, settings, "text_encoder")), 0)
     last, _, pooled = encoder(torch.tensor([[98, 5, 2, 99, 99, 99], [98, 99, 0, 0, 0, 0]]))
     assert torch.equal(pooled, torch.stack([last[0, 3], last[1, 1]]))

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, exit_code, refusal
+from helpers import ROOT, exit_code, refusal, same
 from PIL import Image
-from safetensors.torch import save_file
 
 import fid
 from evaluation import clip_fid
@@ -77,7 +76,6 @@ def test_the_network_computes_in_full_precision_what_the_reference_computes(ince
     assert expected.std() > 0.1 and (expected[0] - expected[1]).abs().mean() > 0.01  # a reference that says something
     assert (features - expected).abs().max() / expected.abs().max() < 1e-4 and features.shape == (2, 2048)
     assert tf32 == [False]
-    assert "(B, 3, 299, 299)" in refusal(inception, torch.zeros(1, 3, 256, 256))
 
 
 def test_names_and_shapes_are_those_of_the_published_file():
@@ -86,12 +84,8 @@ def test_names_and_shapes_are_those_of_the_published_file():
     assert hashlib.sha256(repr(shapes).encode()).hexdigest()[:16] == "d1c9a52dc8072dcb"
 
 
-def test_the_published_file_and_a_safetensors_copy_load(inception, inception_file, tmp_path):
-    state = {name: w for name, w in inception.state_dict().items() if not name.endswith("num_batches_tracked")}
-    save_file(state, tmp_path / "copy.safetensors")
-    for file in inception_file, tmp_path / "copy.safetensors":
-        loaded = fid.Inception().load(file).state_dict()
-        assert all(torch.equal(loaded[name], weight) for name, weight in state.items())
+def test_the_published_file_loads(inception, inception_file):
+    assert same(fid.Inception().load(inception_file).state_dict(), inception.state_dict())
 
 
 class Harmful:

@@ -199,7 +199,6 @@ ZERO_SNR = torch.linspace(0.999, 0, 1000)
         ("conv_in.weight", {}, "the file has no unet (no tensor begins with model.diffusion_model.)"),
         (XL, {"modelspec.prediction_type": "v"}, "its metadata says modelspec.prediction_type = v"),
         (SD, {"ss_v_parameterization": "True"}, "ss_v_parameterization = True"),
-        (XL, {"modelspec.architecture": "stable-diffusion-v1"}, "only SDXL that predicts epsilon"),
         (SD, {"scheduler.num_time_windows": "{"}, "the scheduler settings in its metadata are damaged"),
         (SD, {"scheduler.num_time_windows": '"four"'}, "num_time_windows = 'four' is not a number from 1 to 1000"),
         (SD + " alphas_cumprod", {}, "its alphas_cumprod is another noise schedule"),

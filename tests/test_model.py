@@ -7,12 +7,10 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from helpers import ROOT, edit, read, refusal, rewrite, same, write, write_tokenizer
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model import MINIATURE, StableDiffusion, flow_scheduler, save_flow
@@ -62,24 +60,15 @@ def test_the_unconditional_text_of_sdxl_is_zeros_where_the_model_says_so(sdxl, s
     assert close(context[1:], uncond) and close(pooled[1:], pooled_uncond)
 
 
-def test_the_noise_schedule_is_the_official_one(pair):
-    ours, theirs = pair[0].alphas_cumprod, pair[1].scheduler.alphas_cumprod
-    assert ours.shape == (1000,) and torch.allclose(ours, theirs, rtol=1e-4)
-    assert np.isclose(ours[0], 0.99915) and np.isclose(ours[999], 0.00466, rtol=1e-3)
-
-
 # ---- memory and numbers ----
 
 
-@pytest.mark.parametrize("pixels, parts", [(64, [5]), (256, [4, 1]), (1024, [1] * 5)])
-def test_images_pass_the_vae_a_few_at_a_time(pixels, parts):
-    for channels, downscale in (3, 1), (4, 8):
-        batch = torch.empty(5, channels, pixels // downscale, pixels // downscale, device="meta")
-        assert [len(few) for few in StableDiffusion.few_at_a_time(batch, downscale)] == parts
-
-
-def test_a_few_at_a_time_are_the_same_as_all(monkeypatch):
+def test_images_pass_the_vae_a_few_at_a_time_which_changes_nothing(monkeypatch):
     sd, images = load(MINIATURE), draw(3, 3, 64, 64).clamp(-1, 1)
+    for pixels, parts in (64, [5]), (256, [4, 1]), (1024, [1] * 5):
+        for downscale in 1, 8:
+            batch = torch.empty(5, 4, pixels // downscale, pixels // downscale, device="meta")
+            assert [len(few) for few in sd.few_at_a_time(batch, downscale)] == parts
     latents = sd.encode(images)
     decoded, seen = sd.decode(latents), []
 
@@ -150,16 +139,6 @@ def test_folders_that_others_left_behind(sdxl_copy, sdxl):
         assert torch.equal(ours, wanted)
 
 
-@pytest.mark.slow
-def test_texts_are_as_long_as_the_model_says(sd15_copy):
-    edit(sd15_copy / "tokenizer/tokenizer_config.json", model_max_length=120)
-    assert "120 tokens long, the text encoder takes 77; correct model_max_length" in refusal(load, sd15_copy)
-    edit(sd15_copy / "text_encoder/config.json", max_position_embeddings=120)
-    table = "embeddings.position_embedding.weight"
-    rewrite(sd15_copy / "text_encoder/model.safetensors", lambda t: t | {table: draw(120, 32)})
-    assert load(sd15_copy).encode_prompt(["the"])[0].shape == (1, 120, 32)
-
-
 # ---- flows ----
 
 
@@ -217,6 +196,7 @@ def test_a_saved_model_is_identical_to_us_and_to_the_reference(pair, tmp_path):
     for name, network in sd.networks.items():
         assert again.configs[name] == sd.configs[name] | ({"dtype": "float32"} if "text" in name else {})
         assert same(again.networks[name].state_dict(), network.state_dict())
+        assert not again.networks[name].training and not any(w.requires_grad for w in network.parameters())
         assert same(getattr(opened, name).state_dict(), getattr(pipeline, name).state_dict())
     assert again.configs["scheduler"] == sd.configs["scheduler"]
     for ours, theirs in zip(again.tokenizers, sd.tokenizers):
@@ -249,18 +229,6 @@ def test_save_replaces_nothing_but_a_model(sd15, tmp_path):
     assert (tmp_path / "work/thesis.txt").read_text() == "years"
 
 
-def test_save_is_all_or_nothing(sd15, sd15_copy, monkeypatch):
-    def fail_on_the_vae(tensors, file, metadata):
-        if "vae" in str(file):
-            raise SafetensorError("I/O error")
-        save_file(tensors, file, metadata)
-
-    monkeypatch.setattr("support.files.save_file", fail_on_the_vae)
-    before = sorted(sd15_copy.rglob("*"))
-    assert "I/O error" in refusal(load(sd15).save, sd15_copy)
-    assert sorted(sd15_copy.rglob("*")) == before and list(sd15_copy.parent.iterdir()) == [sd15_copy]
-
-
 # ---- what is refused ----
 
 
@@ -279,12 +247,15 @@ def test_parts_that_do_not_fit_are_refused(sd15_copy, sdxl, tokenizer, tmp_path)
     folder = shutil.copytree(tokenizer, tmp_path / "tokenizer")
     write(folder / "vocab.json", read(folder / "vocab.json") | {"dog</w>": 523})
     assert "the tokenizer has 524 tokens" in refusal(load, sd15_copy, tokenizer=folder)
+    edit(sd15_copy / "tokenizer/tokenizer_config.json", model_max_length=120)
+    assert "120 tokens long, the text encoder takes 77; correct model_max_length" in refusal(load, sd15_copy)
     edit(sd15_copy / "unet/config.json", in_channels=9)
     rewrite(sd15_copy / "unet" / WEIGHTS, lambda tensors: tensors | {"conv_in.weight": torch.ones(8, 9, 3, 3)})
-    assert "the UNet maps 9 channels to 4, the latents have 4; only text-to-image" in refusal(load, sd15_copy)
+    message = refusal(load, sd15_copy, tokenizer=tokenizer)
+    assert "the UNet maps 9 channels to 4, the latents have 4; only text-to-image" in message
     shutil.rmtree(sd15_copy / "unet")
     shutil.copytree(sdxl / "unet", sd15_copy / "unet")
-    assert "the UNet expects text of width 80, not 32" in refusal(load, sd15_copy)
+    assert "the UNet expects text of width 80, not 32" in refusal(load, sd15_copy, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(

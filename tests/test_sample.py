@@ -88,22 +88,8 @@ def test_a_flow_in_one_step_a_window_is_ddim_between_boundaries(sd15_copy, perfl
 
 
 def test_the_command_writes_images_that_know_how_they_were_made(sd15, tmp_path):
-    arguments = [
-        "--model",
-        sd15,
-        "--prompt",
-        "a cat",
-        "the red",
-        "--n",
-        2,
-        "--steps",
-        2,
-        "--seed",
-        7,
-        "--out",
-        tmp_path,
-    ]
-    assert run(*arguments, "--guidance", 2.5, "--negative-prompt", "日本") == 0
+    settings = ["--n", 2, "--steps", 2, "--seed", 7, "--guidance", 2.5, "--negative-prompt", "日本"]
+    assert run("--model", sd15, "--prompt", "a cat", "the red", *settings, "--out", tmp_path) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"{i:05d}.png" for i in range(4)), "sheet.png"]
     with Image.open(tmp_path / "00002.png") as image:
         assert image.size == (64, 64) and image.mode == "RGB"
@@ -114,32 +100,29 @@ def test_the_command_writes_images_that_know_how_they_were_made(sd15, tmp_path):
         }  # fmt: skip
 
 
-def test_a_repeated_run_makes_only_what_is_missing_or_was_made_otherwise(sd15, tmp_path, monkeypatch):
-    arguments = ["--model", sd15, "--prompt", "a cat", "a red cat", "the cat", "--steps", 1, "--out", tmp_path]
-    made = []
-    generate = sample.generate
+def test_a_repeated_run_makes_only_what_is_missing_or_was_made_otherwise(sd15_copy, tmp_path, monkeypatch):
+    arguments = ["--model", sd15_copy, "--prompt", "a cat", "a red cat", "--steps", 1, "--out", tmp_path / "out"]
+    generate, made = sample.generate, []
     monkeypatch.setattr(sample, "generate", lambda *a, **kw: made.append(kw["indices"]) or generate(*a, **kw))
-    run(*arguments)
-    (tmp_path / "00001.png").unlink()
-    (tmp_path / "00002.png").write_bytes((tmp_path / "00002.png").read_bytes()[:60])  # cut short
-    run(*arguments)
-    run(*arguments)
-    run(*arguments, "--seed", 1)
-    assert made == [[0, 1, 2], [1, 2], [0, 1, 2]]
 
+    def run_again(*more):
+        made.clear()
+        assert run(*arguments, *more) == 0
+        return made
 
-@pytest.mark.parametrize("changed", ["weights", "settings"])
-def test_images_are_made_anew_when_the_model_has_changed(sd15_copy, tmp_path, changed):
-    arguments = ["--model", sd15_copy, "--prompt", "a cat", "--steps", 1, "--guidance", 1, "--out", tmp_path]
-    assert run(*arguments) == 0
-    before = (tmp_path / "00000.png").read_bytes()
-    if changed == "weights":  # of a file as long as before, such as with a merged LoRA
-        file = sd15_copy / "unet/diffusion_pytorch_model.safetensors"
-        rewrite(file, lambda weights: {k: -w if "attn2.to_q" in k else w for k, w in weights.items()})
-    else:
-        edit(sd15_copy / "vae/config.json", scaling_factor=0.5)
-    assert run(*arguments) == 0
-    assert (tmp_path / "00000.png").read_bytes() != before
+    assert run_again() == [[0, 1]] and run_again() == []
+    image = tmp_path / "out/00001.png"
+    image.unlink()
+    assert run_again() == [[1]]
+    image.write_bytes(image.read_bytes()[:60])  # cut short
+    assert run_again() == [[1]]
+    assert run_again("--seed", 1) == [[0, 1]]
+    # a weight file as long as before, such as with a merged LoRA
+    file = sd15_copy / "unet/diffusion_pytorch_model.safetensors"
+    rewrite(file, lambda weights: {k: -w if "attn2.to_q" in k else w for k, w in weights.items()})
+    assert run_again() == [[0, 1]]
+    edit(sd15_copy / "vae/config.json", scaling_factor=0.5)
+    assert run_again() == [[0, 1]] and run_again() == []
 
 
 def test_what_has_no_effect_or_another_one_is_a_notice(sd15, tmp_path, capsys):

@@ -23,14 +23,6 @@ def degrade(image, rng):
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def test_a_sample_depends_on_seed_and_index_alone():
-    image, caption = scenes.sample(3, 14)
-    again, same = scenes.sample(3, 14)
-    assert image.shape == (64, 64, 3) and image.dtype == np.uint8
-    assert caption == same == scenes.caption(3, 14) and (image == again).all()
-    assert (image != scenes.sample(3, 15)[0]).any() and (image != scenes.sample(4, 14)[0]).any()
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_shape_reaches_as_far_as_said_around_its_center_of_mass_and_is_about_as_large_as_the_others(shape):
     alpha = coverage(shape, 32.0, 32.0, 20.0)

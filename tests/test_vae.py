@@ -1,9 +1,9 @@
 """The VAE: what its interface promises; test_parity.py compares its tensors and numbers with the reference's."""
 
+import helpers
 import pytest
 import torch
-from helpers import randomize
-from parity import SMALL_VAE, draw
+from parity import draw
 
 from support.bands import decode_in_bands
 from support.weights import read_config
@@ -12,7 +12,7 @@ from vae import VAE, VAEConfig
 
 @pytest.fixture
 def vae():
-    return randomize(VAE(read_config(VAEConfig, SMALL_VAE, "vae")), 0)
+    return helpers.randomize(VAE(read_config(VAEConfig, helpers.VAE, "vae")), 0)
 
 
 @pytest.mark.parametrize("rows", [3, 5, 16, 1000])

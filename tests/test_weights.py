@@ -36,13 +36,6 @@ def shard(folder, index, variant):
 # ---- which file is read ----
 
 
-def test_a_folder_gives_exactly_the_tensors_of_its_files(sd15):
-    sd = load(sd15)
-    assert same(sd.unet.state_dict(), load_file(sd15 / "unet" / UNET_FILE))
-    assert same(sd.vae.state_dict(), load_file(sd15 / "vae" / UNET_FILE))
-    assert not any(p.requires_grad for p in sd.unet.parameters()) and not sd.unet.training
-
-
 @pytest.mark.parametrize(
     "index", ["{}.safetensors.index{}.json", "{}.safetensors{}.index.json", "{}{}.safetensors.index.json"]
 )
@@ -148,18 +141,12 @@ def test_a_truncated_file_is_refused(sd15, tmp_path, length):
     assert str(tmp_path / UNET_FILE) in message and "damaged, truncated or no safetensors file" in message
 
 
-def test_a_missing_shard_is_named(tmp_path):
-    save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / UNET_FILE)
-    shard(tmp_path, UNET_FILE + ".index.json", "")
-    lost = tmp_path / f"{STEM}-00002-of-00002.safetensors"
-    lost.unlink()
-    assert f"{lost} does not exist" in refusal(find_tensors, tmp_path, STEM, None)
-
-
 @pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
-def test_a_broken_index_is_refused(tmp_path, content):
+def test_a_broken_index_and_a_missing_shard_are_refused(tmp_path, content):
     (tmp_path / f"{UNET_FILE}.index.json").write_text(content)
     assert f"{UNET_FILE}.index.json" in refusal(find_tensors, tmp_path, STEM, None)
+    write(tmp_path / f"{UNET_FILE}.index.json", {"weight_map": {"a": "lost.safetensors"}})
+    assert f"{tmp_path / 'lost.safetensors'} does not exist" in refusal(find_tensors, tmp_path, STEM, None)
 
 
 class Bomb:
@@ -178,12 +165,7 @@ def test_a_pickle_is_refused_unopened(tmp_path, name, capsys):
 @pytest.mark.parametrize("content", [b"{'a': 1}", b"[1]", b"\xff\xfe\x00", b"[" * 10**5])
 def test_a_broken_config_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    assert f"{tmp_path / 'config.json'} is not readable JSON" in refusal(read_json, tmp_path / "config.json")
-
-
-def test_json_files_may_begin_with_a_byte_order_mark(tmp_path):
-    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
-    assert read_json(tmp_path / "config.json") == {"a": 1}
+    assert str(tmp_path / "config.json") in refusal(read_json, tmp_path / "config.json")
 
 
 # ---- written files ----
@@ -204,16 +186,6 @@ def test_files_and_folders_appear_whole_or_not_at_all(tmp_path):
 
 
 # ---- lean ----
-
-
-def test_nothing_is_initialized_and_no_random_number_is_drawn(sd15, monkeypatch):
-    initialized = []
-    for name in "uniform_", "normal_", "kaiming_uniform_", "ones_", "zeros_":  # those that torch's layers call
-        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: initialized.append(tensor.device.type))
-    before = torch.get_rng_state()
-    load(sd15)
-    assert set(initialized) == {"meta"}  # where there is nothing to write to
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 # The process's highest memory minus what is in use before loading, over the size of the loaded weights. Every page of
