@@ -15,11 +15,14 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import operator
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 
@@ -41,7 +44,8 @@ from support.streams import draw_noise
 
 HERE = Path(__file__).parent
 PROMPTS = HERE.parent / "docs/demo_prompts.txt"
-SIZES = 0, 0.1, 0.2, 0.3  # of the noise on velocities, in their lengths
+KINDS = "direction", "magnitude"  # of noise on velocities
+SIZES = 0, 0.1, 0.2, 0.3  # of that noise, in lengths of the velocity
 FINE = 32  # steps of a trajectory that is looked at closely; of a diffusion model, DDIM steps
 LIKENESS = 2.0  # guidance scale at which images look most like drawn scenes, chosen on validation images
 NAMES = {  # the models in weights/ and, with the commands for them in paper/README.md, in out/train/
@@ -61,7 +65,6 @@ HEAD = ["model", "steps", "guidance", "NFE", "Frechet distance", "CLIP score"]
 HEAD += ["prompt accuracy, one item", "two items", "paper's FID"]
 
 
-@functools.cache
 def load(spec: str, device: torch.device) -> tuple[str, StableDiffusion, int, str]:
     """MODEL -> its folder's name, the model, the number of steps, the sampler."""
     path, _, how = spec.partition(":")
@@ -78,13 +81,19 @@ def load(spec: str, device: torch.device) -> tuple[str, StableDiffusion, int, st
 
 def score(args: argparse.Namespace) -> None:
     """A row for every model and guidance scale, unless --json has it."""
-    for spec, scale in itertools.product(args.models, args.guidance):
+    for spec in args.models:
         name, sd, steps, sampler = load(spec, args.device)
-        weights = fingerprint(sd.unet.conv_in.weight, sd.unet.conv_out.weight)
-        key = {"model": name, "weights": weights, "sampler": sampler, "steps": steps, "guidance": scale}
-        key |= {"split": args.split, "prompts": args.count, "images": args.images}
-        if not known(key, args.json):
-            keep(key | scores(sd, steps, scale, sampler, SPLITS[args.split], args.count, args.images), args.json)
+        for scale in args.guidance:
+            key = {"model": name, "weights": name_of(sd), "sampler": sampler, "steps": steps, "guidance": scale}
+            key |= {"split": args.split, "prompts": args.count, "images": args.images}
+            if not known(key, args.json):
+                row = scores(sd, steps, scale, sampler, SPLITS[args.split], args.count, args.images)
+                keep([key | row], args.json)
+
+
+def name_of(sd: StableDiffusion) -> str:
+    """Tells a UNet from another of the same folder."""
+    return fingerprint(sd.unet.conv_in.weight, sd.unet.conv_out.weight)
 
 
 def scores(
@@ -118,23 +127,9 @@ def statistics(images: list[np.ndarray], clip: ClipScore) -> tuple[np.ndarray, n
     return features.mean(axis=0), np.cov(features, rowvar=False)
 
 
-def read_rows(file: Path) -> list[dict]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-
-
-def known(key: dict, file: Path) -> bool:
-    return any(key.items() <= row.items() for row in read_rows(file))
-
-
-def keep(row: dict, file: Path) -> None:
-    print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    rows = read_rows(file) + [row]  # read again: another command may have added some
-    write_text(file, "[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
-
-
 def table(rows: list[dict], prompts: int, columns: list[str] = HEAD) -> str:
     """The rows of the test split with so many prompts of each kind, for models that have a name."""
-    lines, order = [columns, ["---"] * len(columns)], list(NAMES)
+    lines, order = [], list(NAMES)
     rows = [row for row in rows if row["split"] == "test" and row["prompts"] == prompts and row["model"] in NAMES]
     rows.sort(key=lambda row: (order.index(row["model"]), row["sampler"], -row["steps"], row["guidance"]))
     for row in rows:
@@ -143,17 +138,13 @@ def table(rows: list[dict], prompts: int, columns: list[str] = HEAD) -> str:
         cells += [f"{row[score]:.2f}" if score in row else "" for score in ("frechet", "clip")]
         cells += [f"{row['one item']:.1%}", f"{row['two items']:.1%}", SUMMARY.get(KEY(row), "")]
         lines.append([cells[HEAD.index(column)] for column in columns])
-    return markdown(lines)
+    return markdown(columns, lines)
 
 
 def summary(rows: list[dict], prompts: int) -> str:
     """Some of these rows, with fewer columns."""
     rows = [row for row in rows if KEY(row) in SUMMARY and "frechet" in row]
     return table(rows, prompts, [column for column in HEAD if column not in ("guidance", "CLIP score")])
-
-
-def markdown(lines: list[list]) -> str:
-    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
 
 
 # ---- Velocities and trajectories ------------------------------------------------------------------------------------
@@ -192,7 +183,7 @@ def velocities(args: argparse.Namespace) -> None:
     save(figure, args.out / "velocities.png")
 
 
-def perturbed(velocity: reflow.Network, size: float, kind: str, generator: torch.Generator) -> reflow.Network:
+def perturbed(velocity: reflow.Network, size: float, kind: str) -> reflow.Network:
     """The same field with noise of length size |v| on every velocity, on one of its two parts only:
 
     direction    v turned by the angle 2 asin(size / 2) towards a random direction; |v| stays
@@ -200,16 +191,14 @@ def perturbed(velocity: reflow.Network, size: float, kind: str, generator: torch
     """
 
     def noisy(z: Tensor, tau: Tensor) -> Tensor:
-        v = velocity(z, tau)
-        flat = v.flatten(1)
+        v = velocity(z, tau).flatten(1)
         if kind == "magnitude":
-            sign = torch.randint(0, 2, (len(flat), 1), generator=generator) * 2 - 1
-            return (flat * (1 + size * sign.to(flat))).view_as(v)
-        other = torch.randn(flat.shape, generator=generator).to(flat)
-        other -= flat * (other * flat).sum(1, keepdim=True) / flat.square().sum(1, keepdim=True)
-        other *= flat.norm(dim=1, keepdim=True) / other.norm(dim=1, keepdim=True)
-        angle = 2 * np.arcsin(size / 2)
-        return (np.cos(angle) * flat + np.sin(angle) * other).view_as(v)
+            sign = torch.randint(2, (len(v), 1)).to(v) * 2 - 1
+            return (v * (1 + size * sign)).view_as(z)
+        other = torch.randn(v.shape).to(v)
+        across = F.normalize(other - v * (other * v).sum(1, keepdim=True) / v.square().sum(1, keepdim=True))
+        angle = 2 * math.asin(size / 2)
+        return (math.cos(angle) * v + math.sin(angle) * v.norm(dim=1, keepdim=True) * across).view_as(z)
 
     return noisy
 
@@ -222,14 +211,15 @@ def noise(args: argparse.Namespace) -> None:
     captions = [scenes.caption(TEST, i) for i in range(args.images)]
     grid = reflow.sampling_grid(steps if sd.windows else FINE, sd.windows or FINE)
     figure, axes = panels(1, 1)
-    for kind in "direction", "magnitude":
+    for kind in KINDS:
         distances = []
         for size in SIZES:
-            generator, made = torch.Generator().manual_seed(0), []
+            torch.manual_seed(0)
+            made = []
             for first in trange(0, args.images, 100, desc=f"{kind}, {size:g}", leave=False):
                 few = captions[first : first + 100]
                 z = draw_noise(TEST, list(range(first, first + len(few))), (4, 8, 8)).to(sd.device)
-                field = perturbed(velocity_of(sd, few, args.guidance[0]), size, kind, generator)
+                field = perturbed(velocity_of(sd, few, args.guidance[0]), size, kind)
                 made.extend(to_pixels(sd.decode(reflow.euler(field, z, grid))))
             distances.append(fid.frechet_distance(*statistics(made, clip), *drawn))
             print(f"noise of {size:g} |v| on the {kind}: Frechet distance {distances[-1]:.2f}", flush=True)
@@ -267,21 +257,41 @@ def side(args: argparse.Namespace) -> None:
     write_png(image_grid(images, captions, len(prompts)), args.out / "side.png")
 
 
-# ---- Drawing --------------------------------------------------------------------------------------------------------
+# ---- Rows in a JSON file, tables, and panels -------------------------------------------------------------------------
 
 
-def panels(rows: int, columns: int):
-    """A figure with so many panels: the figure, and its axes (rows, columns)."""
+def read_rows(file: Path) -> list[dict]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def known(key: dict, file: Path) -> bool:
+    """Does the file hold a row with these values?"""
+    return any(key.items() <= row.items() for row in read_rows(file))
+
+
+def keep(new: list[dict], file: Path) -> None:
+    for row in new:
+        print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    rows = read_rows(file) + new  # read again: another command may have added some
+    write_text(file, "[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def markdown(head: Sequence[str], rows: list[list]) -> str:
+    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in (head, ["---"] * len(head), *rows))
+
+
+def panels(rows: int, columns: int, width: float = 4, height: float = 3.2, **sharing):
+    """A figure of panels, each so many inches large: the figure, and its axes (rows, columns)."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         raise InputError("figures need matplotlib: pip install -r requirements-dev.txt") from None
-    return plt.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False)
+    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **sharing)
 
 
 def save(figure, file: Path) -> None:
     for axis in figure.axes:
-        if axis.lines:
+        if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(file, dpi=130)

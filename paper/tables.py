@@ -24,7 +24,7 @@ from paper import figures
 from paper.variants import nfe_of_sample
 from support.devices import choose_device
 from support.errors import InputError, Parser, one_line_errors
-from support.files import fingerprint, write_between
+from support.files import write_between
 from support.runs import start_training
 from support.scenes import TEST
 
@@ -54,7 +54,11 @@ class Method:
 
 
 EIGHT, FOUR, TWO, ONE = Stage(8), Stage(4), Stage(2), Stage(1)
-METHODS = {
+SOLVERS = {  # the teacher itself
+    "ddim": Method("the teacher, DDIM", (), {32: "10.05", 8: "", 4: "", 2: "", 1: ""}),
+    "dpm++": Method("the teacher, DPM-Solver++", (), {8: "", 4: "22.36"}),
+}
+METHODS = SOLVERS | {
     "perflow": Method("PeRFlow: 4 windows at once, plain loss", (Stage(4, 2, 0),), {4: "12.01 / 23.81"}),
     "i": Method("**ProReflow-I**: 8, then 4 windows", (EIGHT, FOUR), {4: "11.16 / 22.97"}),
     "at-once": Method("without progressive reflow", (Stage(4, 2),), {4: "23.46"}),
@@ -64,18 +68,13 @@ METHODS = {
     "one": Method("one step: 8, 4, 2, 1 windows", (EIGHT, FOUR, TWO, ONE), {1: ""}),
     "reflow": Method("reflow: 1 window at once, plain loss", (Stage(1, 4, 0),), {1: ""}),
 }
-ALPHAS = (0.0, 0.01, 0.1, 1.0, 10.0)
+ALPHAS = (0.0, 0.01, 0.1, 1.0, 10.0)  # figure 4: its methods by windows and alpha; two are in the table
 FIGURE_4 = {8: {a: f"eight-{a:g}" for a in ALPHAS}, 4: {a: f"four-{a:g}" for a in ALPHAS} | {0: "plain", 0.1: "i"}}
-RUNS = {name: Method(f"8 windows, alpha {a:g}", (Stage(8, alpha=a),), {8: ""}) for a, name in FIGURE_4[8].items()}
-RUNS |= {
-    name: Method(f"8, then 4 windows, alpha {a:g}", (Stage(8, alpha=a), Stage(4, alpha=a)), {4: ""})
-    for a, name in FIGURE_4[4].items()
-}
-RUNS |= METHODS
-SOLVERS = {  # the teacher itself
-    "ddim": Method("the teacher, DDIM", (), {32: "10.05", 8: "", 4: "", 2: "", 1: ""}),
-    "dpm++": Method("the teacher, DPM-Solver++", (), {8: "", 4: "22.36"}),
-}
+RUNS = dict(METHODS)
+for a in ALPHAS:
+    RUNS.setdefault(FIGURE_4[8][a], Method(f"8 windows, alpha {a:g}", (Stage(8, alpha=a),), {8: ""}))
+    stages = Stage(8, alpha=a), Stage(4, alpha=a)
+    RUNS.setdefault(FIGURE_4[4][a], Method(f"8, then 4 windows, alpha {a:g}", stages, {4: ""}))
 
 
 # ---- Training and scoring -------------------------------------------------------------------------------------------
@@ -114,22 +113,20 @@ def measure(folder: Path, steps: int, sampler: str, args: argparse.Namespace) ->
 def run(args: argparse.Namespace) -> None:
     if not (args.data / "made_of.json").exists():
         raise InputError(f"{args.data} holds no latents; make them: python -m tools.cache --out {args.data}")
-    unet = StableDiffusion.load(MINIATURE).unet
-    weights = fingerprint(unet.conv_in.weight, unet.conv_out.weight)
+    weights = figures.name_of(StableDiffusion.load(MINIATURE))
     args.out /= weights  # another teacher, other flows
-    sizes = {"teacher": weights, "prompts": args.prompts, "images": args.images}
-    for name in [name for name in args.methods if name in SOLVERS]:
-        for steps in SOLVERS[name].steps:
-            key = {"method": name, "steps": steps, **sizes}
-            if not figures.known(key, args.json):
-                figures.keep(key | measure(MINIATURE, steps, name, args), args.json)
     for cost, seed, name in itertools.product(args.cost, args.seeds, args.methods):
-        if name in RUNS:
-            folder, total = trained(RUNS[name], seed, cost, args)
-            for steps in RUNS[name].steps:
-                key = {"method": name, "steps": steps, "seed": seed, "cost of a stage": cost, **sizes}
-                if not figures.known(key, args.json):
-                    figures.keep(key | {"training": total} | measure(folder, steps, "flow", args), args.json)
+        if name in SOLVERS:
+            folder, sampler, key, total = MINIATURE, name, {"method": name}, {}
+        else:
+            folder, nfe = trained(RUNS[name], seed, cost, args)
+            sampler, key = "flow", {"method": name, "seed": seed, "cost of a stage": cost}
+            total = {"training": nfe}
+        key |= {"teacher": weights, "prompts": args.prompts, "images": args.images}
+        for steps in RUNS[name].steps:
+            if not figures.known(key | {"steps": steps}, args.json):
+                row = key | {"steps": steps} | total | measure(folder, steps, sampler, args)
+                figures.keep([row], args.json)
 
 
 # ---- The table, and the curves --------------------------------------------------------------------------------------
@@ -152,8 +149,8 @@ def spread(rows: list[dict], column: str, form: str) -> str:
 
 def table(rows: list[dict], cost: int) -> str:
     """The rows at one cost."""
-    lines = [HEAD, ["---"] * len(HEAD)]
-    for key, method in (SOLVERS | METHODS).items():
+    lines = []
+    for key, method in METHODS.items():
         for steps, paper in method.steps.items():
             here = [row for row in rows if (row["method"], row["steps"]) == (key, steps)]
             here = [row for row in here if row.get("cost of a stage", cost) == cost]
@@ -161,7 +158,7 @@ def table(rows: list[dict], cost: int) -> str:
                 training = f"{here[0]['training'] / 1e6:.2f}" if "training" in here[0] else ""
                 cells = [method.name, steps, here[0]["evaluations"], training, len(here) if training else ""]
                 lines.append([*cells, *(spread(here, *column) for column in COLUMNS.items()), paper])
-    return figures.markdown(lines)
+    return figures.markdown(HEAD, lines)
 
 
 def draw_cost(rows: list[dict], file: Path) -> None:
@@ -190,8 +187,7 @@ def draw_alpha(rows: list[dict], cost: int, file: Path) -> None:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = [*SOLVERS, *METHODS]
-    parser.add_argument("--methods", nargs="+", choices=[*SOLVERS, *RUNS], default=default, help="rows to measure")
+    parser.add_argument("--methods", nargs="+", choices=RUNS, default=list(METHODS), help="rows to measure")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
     parser.add_argument("--cost", type=int, nargs="+", default=[COST], help="NFE of one stage of ProReflow")
     parser.add_argument("--data", type=Path, default=Path("out/latents"), help="cached latents to train on")

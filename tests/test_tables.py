@@ -69,8 +69,8 @@ def test_a_failed_training_ends_the_run_with_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_method_is_trained_scored_and_then_known(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(tables.SOLVERS, "ddim", tables.Method("the teacher", (), {2: ""}))
-    command = ["--methods", "perflow", "ddim", "--seeds", 3, "--cost", 256, "--prompts", 1, "--images", 4]
+    monkeypatch.setitem(tables.RUNS, "ddim", tables.Method("the teacher", (), {2: ""}))
+    command = ["--methods", "ddim", "perflow", "--seeds", 3, "--cost", 256, "--prompts", 1, "--images", 4]
     command += ["--out", tmp_path / "out", "--data", tmp_path / "latents", "--json", tmp_path / "rows.json"]
     assert exit_code(tables, *command) == 2
     assert "holds no latents; make them: python -m tools.cache" in capsys.readouterr().err
