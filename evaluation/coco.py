@@ -10,7 +10,6 @@ https://cocodataset.org/#download. The others need not know of COCO.
 """
 
 import argparse
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +74,7 @@ def prepare(protocol: str, captions_file: Path, images: Path, out: Path) -> None
     with replaced(out / "reference") as aside:
         aside.mkdir()
         for name in files:
-            try:
-                (aside / name).symlink_to((images / name).resolve())
-            except OSError:  # exFAT disks, some network shares and Windows have no links
-                shutil.copy(images / name, aside / name)
+            (aside / name).symlink_to((images / name).resolve())
     write_text(out / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts))
     print(f"{out / 'prompts.txt'}: {len(prompts)} of {choice.count} prompts; {out / 'reference'}: {len(files)} images")
 

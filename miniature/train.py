@@ -27,7 +27,7 @@ from tqdm import tqdm, trange
 import reflow
 from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer
 from data import Scenes
-from evaluation.clip_score import ClipVision, ClipVisionConfig
+from evaluation.clip_vision import ClipVision, ClipVisionConfig
 from model import MINIATURE, StableDiffusion
 from support import layouts, scenes
 from support.devices import Process, choose_device
