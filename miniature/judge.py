@@ -47,10 +47,10 @@ def prompt_accuracy(
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=MINIATURE, help="model folder")
-    parser.add_argument("--steps", type=int, nargs="+", default=[32], help="number of steps; several are compared")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[4.0], help="guidance scale; the same")
+    parser.add_argument("--steps", type=int, nargs="+", default=[32], help="one or more numbers of steps")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[4.0], help="one or more guidance scales")
     parser.add_argument("--split", choices=SPLITS, default="validation", help="which prompts and noise")
-    parser.add_argument("--count", type=int, default=200, help="prompts that name one item; as many name two")
+    parser.add_argument("--count", type=int, default=200, help="number of prompts of each kind")
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
     args = parser.parse_args()
     with one_line_errors(parser):
