@@ -104,7 +104,7 @@ def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> t
 
 def measure(folder: Path, steps: int, sampler: str, args: argparse.Namespace) -> dict:
     """A model's scores on the test split."""
-    sd = StableDiffusion.load(folder, args.device)
+    sd = StableDiffusion.load(folder, choose_device(None))
     row = figures.scores(sd, steps, figures.LIKENESS, sampler, TEST, args.prompts, args.images)
     clear = prompt_accuracy(sd, steps, CLEAR, TEST, args.prompts, sampler)
     return row | {f"{kind}, guidance {CLEAR:g}": accuracy for kind, accuracy in clear.items()}
@@ -161,27 +161,23 @@ def table(rows: list[dict], cost: int) -> str:
     return figures.markdown(HEAD, lines)
 
 
-def draw_cost(rows: list[dict], file: Path) -> None:
-    """Frechet distance over the cost of training, of seed 0: seeds differ by more than points of a curve may."""
-    figure, axes = figures.panels(1, 1)
+def draw(rows: list[dict], cost: int, file: Path) -> None:
+    """Frechet distance over the cost of training; and figure 4, over alpha, after the stages of 8 and of 4 windows. Of
+    seed 0: seeds differ by more than points of a curve may."""
+    figure, [[over_cost, over_alpha]] = figures.panels(1, 2)
+    rows = [row for row in rows if row.get("seed") == 0]
     for name in "perflow", "i":
-        at = {"method": name, "steps": 4, "seed": 0}.items()
-        points = sorted((row["training"] / 1e6, row["frechet"]) for row in rows if at <= row.items())
-        axes[0, 0].plot(*zip(*points), marker="o", label=METHODS[name].name.replace("*", ""))
-    axes[0, 0].set(xlabel="training, million NFE", ylabel="Frechet distance, 4 steps")
-    figures.save(figure, file)
-
-
-def draw_alpha(rows: list[dict], cost: int, file: Path) -> None:
-    """Figure 4: Frechet distance over alpha, after the stages of 8 and of 4 windows, of seed 0."""
-    figure, axes = figures.panels(1, 1)
+        here = [row for row in rows if (row["method"], row["steps"]) == (name, 4)]
+        points = sorted((row["training"] / 1e6, row["frechet"]) for row in here)
+        over_cost.plot(*zip(*points), marker="o", label=METHODS[name].name.replace("*", ""))
     for windows, names in FIGURE_4.items():
-        at = {"steps": windows, "cost of a stage": cost, "seed": 0}.items()
-        distances = {row["method"]: row["frechet"] for row in rows if at <= row.items()}
+        here = [row for row in rows if (row["steps"], row["cost of a stage"]) == (windows, cost)]
+        distances = {row["method"]: row["frechet"] for row in here}
         points = [(alpha, distances[name]) for alpha, name in names.items() if name in distances]
-        axes[0, 0].plot(*zip(*points), marker="o", label=f"{windows} windows, {windows} steps")
-    axes[0, 0].set_xscale("symlog", linthresh=0.01)
-    axes[0, 0].set(xlabel="alpha", ylabel="Frechet distance")
+        over_alpha.plot(*zip(*points), marker="o", label=f"{windows} windows, {windows} steps")
+    over_alpha.set_xscale("symlog", linthresh=0.01)
+    over_alpha.set(xlabel="alpha", ylabel="Frechet distance")
+    over_cost.set(xlabel="training, million NFE", ylabel="Frechet distance, 4 steps")
     figures.save(figure, file)
 
 
@@ -195,20 +191,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=5000, help="of a Frechet distance")
     parser.add_argument("--out", type=Path, default=Path("out/tables"), help="folder of the trained flows")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where rows are kept")
-    parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
     parser.add_argument("--table", action="store_true", help="measure nothing; write the page and figures from --json")
     args = parser.parse_args()
     with one_line_errors(parser, "stopped; the same command goes on where it was"):
         if not args.table:
-            args.device = torch.device(choose_device(args.device))
             return run(args)
         rows = figures.read_rows(args.json)
         if not rows:
             raise InputError(f"{args.json} holds no rows yet; measure some first")
         rows = [row for row in rows if row["teacher"] == rows[-1]["teacher"]]  # of the teacher that was measured last
         write_between(figures.HERE / "README.md", MARKS, table(rows, max(args.cost)))
-        draw_cost(rows, figures.HERE / "figures/cost.png")
-        draw_alpha(rows, max(args.cost), figures.HERE / "figures/alpha.png")
+        draw(rows, max(args.cost), figures.HERE / "figures/training.png")
 
 
 if __name__ == "__main__":
