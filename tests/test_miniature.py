@@ -114,19 +114,6 @@ def test_all_of_it_trains_from_scratch_on_another_device_into_official_folders(t
         torch.testing.assert_close(ClipScore.load(clip).vision(images), theirs, atol=1e-4, rtol=1e-3)
 
 
-def test_the_shipped_text_tower_tells_sides_apart_and_not_only_colors():
-    sd = StableDiffusion.load(MINIATURE)
-
-    def far(a, b):
-        with torch.no_grad():
-            first, second = sd.text_encoders[0](sd.tokenizers[0]([a, b]))[2]
-        return (first - second).norm()
-
-    color = far("a red circle", "a blue circle")
-    assert far("a red circle on the left", "a red circle on the right") > color / 5
-    assert far("a red ring above a blue ring", "a red ring below a blue ring") > color / 5
-
-
 def test_what_ships_is_small():
     sizes = [sum(file.stat().st_size for file in path.rglob("*.safetensors")) for path in (MINIATURE, miniature.CLIP)]
     assert sizes[0] < 8e6 and sum(sizes) < 12e6
