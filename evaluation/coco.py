@@ -20,7 +20,6 @@ from fid import PROTOCOLS
 from support.captions import read_coco
 from support.errors import InputError, Parser, one_line_errors
 from support.files import listed, make_folder, replaced, write_text
-from support.scoring import check_left_out
 
 Rows = list[tuple[str, object]]  # captions, each with the id of its image
 
@@ -66,17 +65,15 @@ def prepare(protocol: str, captions_file: Path, images: Path, out: Path) -> None
     wanted = list(names) if choice.all_images else [image for _, image in chosen]
     if not chosen:
         raise InputError(f"{captions_file} holds no captions of its images")
-    missing = {image: names[image] for image in wanted if not (images / names[image]).is_file()}
-    check_left_out(len(missing), len(wanted), images, f"are missing ({listed(list(missing.values()))})")
-    prompts = [text for text, image in chosen if image not in missing]
-    files = [names[image] for image in wanted if image not in missing]
+    if missing := [names[image] for image in wanted if not (images / names[image]).is_file()]:
+        raise InputError(f"{images}: {len(missing)} of {len(wanted)} images are missing ({listed(missing)})")
     make_folder(out)
     with replaced(out / "reference") as aside:
         aside.mkdir()
-        for name in files:
-            (aside / name).symlink_to((images / name).resolve())
-    write_text(out / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts))
-    print(f"{out / 'prompts.txt'}: {len(prompts)} of {choice.count} prompts; {out / 'reference'}: {len(files)} images")
+        for image in wanted:
+            (aside / names[image]).symlink_to((images / names[image]).resolve())
+    write_text(out / "prompts.txt", "".join(f"{text}\n" for text, _ in chosen))
+    print(f"{out / 'prompts.txt'}: {len(chosen)} of {choice.count} prompts; {out / 'reference'}: {len(wanted)} images")
 
 
 def main() -> None:
