@@ -37,7 +37,6 @@ from support.devices import Process
 from support.errors import InputError, Parser, at_least_0, count, one_line_errors, positive, positive_int, seed
 from support.files import read_json
 from support.images import image_grid, to_pixels, write_png
-from support.latents import check_vae
 from support.loader import Stop
 from support.streams import draw_noise
 from unet import ResnetBlock, Transformer, UNet
@@ -69,21 +68,6 @@ DEFAULTS = {
 
 
 # ---- The method -----------------------------------------------------------------------------------------------------
-
-
-def prepare(sd: StableDiffusion, items: dict, device: torch.device) -> dict:
-    """A batch of samples, ready for the networks: latents at the UNet's scale, noise, times, conditions."""
-    # Read before they move: on a GPU, each of these looks would wait for all work that is under way there.
-    captions = ["" if uncond else caption for caption, uncond in zip(items["caption"], items["uncond"])]
-    items = {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in items.items()}
-    if "image" in items:
-        items["mean"], items["log_variance"] = sd.encode_moments(items["image"])
-    deviation = (0.5 * items["log_variance"].float()).exp()
-    z_0 = (items["mean"].float() + deviation * items["posterior"]) * sd.vae.cfg.scaling_factor
-    context, pooled, time_ids = sd.conditions(captions, *(n * sd.downscale for n in z_0.shape[2:]))
-    if time_ids is not None:
-        time_ids = items.get("time_ids", time_ids)
-    return {"z_0": z_0, "noise": items["noise"], "tau": items["tau"], "conditions": (context, pooled, time_ids)}
 
 
 def teacher_trajectory(
@@ -188,17 +172,6 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[Stabl
     return teacher, student.unet.to(device, torch.float32).requires_grad_(True)
 
 
-def samples_of(args: argparse.Namespace, sd: StableDiffusion) -> data.Samples:
-    """The data to train on. Latents keep their size; images get the model's."""
-    size = sd.image_size()
-    source = data.open_source(args.data, size, args.augment)
-    latent = sd.unet.cfg.in_channels, size // sd.downscale, size // sd.downscale
-    if isinstance(source, data.Latents):
-        check_vae(args.data, sd.vae)
-        latent = tuple(source[0]["mean"].shape)
-    return data.Samples(source, args.seed, latent, args.windows, args.starts, args.gap)
-
-
 def begin(args: argparse.Namespace, process: Process) -> tuple:
     """What training needs, from the last checkpoint if there is one: (teacher, parts, samples, settings, start)."""
     settle(args)
@@ -206,7 +179,7 @@ def begin(args: argparse.Namespace, process: Process) -> tuple:
         runs.claim(args)
     teacher, student = load_networks(args, process.device)
     args.solver_steps = solver_steps(teacher, args.windows, args.solver_steps)
-    samples = samples_of(args, teacher)
+    samples = data.open_samples(args, teacher)
     ema = copy.deepcopy(student).requires_grad_(False)
     adam = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "fused": process.device.type == "cuda"}
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, **adam)
@@ -266,7 +239,7 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
                     process.end()
                     raise KeyboardInterrupt
                 left_out += int(items.pop("left_out", torch.zeros(1)).sum())
-                batch = prepare(teacher, items, process.device)
+                batch = data.prepare(teacher, items, process.device)
                 # Gradients travel between processes once, with the last part.
                 wait = process.world > 1 and part < args.grad_accum_steps - 1
                 with network.no_sync() if wait else nullcontext():

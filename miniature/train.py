@@ -25,10 +25,10 @@ from tqdm import tqdm, trange
 
 import reflow
 from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer
-from data import Scenes
 from evaluation.clip_vision import ClipVision, ClipVisionConfig
 from model import MINIATURE, StableDiffusion
 from support import layouts, scenes
+from support.datasets import Scenes
 from support.devices import Process, choose_device
 from support.errors import Parser, one_line_errors
 from support.files import replaced, write_json, write_tensors

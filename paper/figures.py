@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import operator
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +128,7 @@ def statistics(images: list[np.ndarray], clip: ClipScore) -> tuple[np.ndarray, n
 
 def table(rows: list[dict], prompts: int, columns: list[str] = HEAD) -> str:
     """The rows of the test split with so many prompts of each kind, for models that have a name."""
-    lines, order = [], list(NAMES)
+    lines, order = [columns, ["---"] * len(columns)], list(NAMES)
     rows = [row for row in rows if row["split"] == "test" and row["prompts"] == prompts and row["model"] in NAMES]
     rows.sort(key=lambda row: (order.index(row["model"]), row["sampler"], -row["steps"], row["guidance"]))
     for row in rows:
@@ -138,7 +137,7 @@ def table(rows: list[dict], prompts: int, columns: list[str] = HEAD) -> str:
         cells += [f"{row[score]:.2f}" if score in row else "" for score in ("frechet", "clip")]
         cells += [f"{row['one item']:.1%}", f"{row['two items']:.1%}", SUMMARY.get(KEY(row), "")]
         lines.append([cells[HEAD.index(column)] for column in columns])
-    return markdown(columns, lines)
+    return markdown(lines)
 
 
 def summary(rows: list[dict], prompts: int) -> str:
@@ -276,8 +275,8 @@ def keep(new: list[dict], file: Path) -> None:
     write_text(file, "[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
 
 
-def markdown(head: Sequence[str], rows: list[list]) -> str:
-    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in (head, ["---"] * len(head), *rows))
+def markdown(lines: list[list]) -> str:
+    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
 
 
 def panels(rows: int, columns: int, width: float = 4, height: float = 3.2, **sharing):

@@ -149,7 +149,7 @@ def spread(rows: list[dict], column: str, form: str) -> str:
 
 def table(rows: list[dict], cost: int) -> str:
     """The rows at one cost."""
-    lines = []
+    lines = [HEAD, ["---"] * len(HEAD)]
     for key, method in METHODS.items():
         for steps, paper in method.steps.items():
             here = [row for row in rows if (row["method"], row["steps"]) == (key, steps)]
@@ -158,7 +158,7 @@ def table(rows: list[dict], cost: int) -> str:
                 training = f"{here[0]['training'] / 1e6:.2f}" if "training" in here[0] else ""
                 cells = [method.name, steps, here[0]["evaluations"], training, len(here) if training else ""]
                 lines.append([*cells, *(spread(here, *column) for column in COLUMNS.items()), paper])
-    return figures.markdown(HEAD, lines)
+    return figures.markdown(lines)
 
 
 def draw(rows: list[dict], cost: int, file: Path) -> None:

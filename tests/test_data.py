@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 import data
 from model import MINIATURE, StableDiffusion
+from support import datasets
 from support.latents import Latents, write_latents
 from tools import cache
 
@@ -112,7 +113,7 @@ def test_batches_depend_neither_on_processes_nor_on_interruptions(source, worker
 @SLOW
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 def test_readers_need_no_shared_memory():
-    program = "import data; list(data.load(data.Scenes(0), [range(40)] * 4, 2))"
+    program = "from support import datasets, loader; list(loader.load(datasets.Scenes(0), [range(40)] * 4, 2))"
     command = f'mount -t tmpfs -o size=1m none /dev/shm && exec "{sys.executable}" -c "{program}"'
     subprocess.run(["unshare", "-m", "sh", "-c", command], check=True, cwd=ROOT, timeout=120)
 
@@ -133,7 +134,7 @@ def test_a_folder_tree_is_read_with_its_captions(tmp_path):
     (tmp_path / "b/9.TXT").write_text("upper case")
     write_image(tmp_path / "a/1.PNG", caption="日本")
     write_image(tmp_path / ".hidden/1.PNG")
-    source = data.open_source(tmp_path, 32)
+    source = datasets.open_source(tmp_path, 32)
     assert captions(source) == ["日本", "upper case", "two lines"]
     image = source[0]["image"]
     assert image.shape == (3, 32, 32) and image.dtype == torch.float32
@@ -158,7 +159,7 @@ def test_captions_come_in_an_index_as_hugging_face_has_it(tmp_path, files, expec
         write_image(tmp_path / name, caption=None)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content.encode())
-    assert captions(data.open_source(tmp_path, 16)) == expected
+    assert captions(datasets.open_source(tmp_path, 16)) == expected
     assert ("1 images" in capsys.readouterr().err) == (len(expected) == 1)  # those that no index lists
 
 
@@ -168,7 +169,7 @@ def test_captions_come_in_an_index_as_hugging_face_has_it(tmp_path, files, expec
 def test_an_index_that_is_none_is_refused(tmp_path, content):
     write_image(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(LINE.format("a", "text", "good") + content)
-    assert "metadata.jsonl, entry 2" in refusal(data.Folder, tmp_path, 16)
+    assert "metadata.jsonl, entry 2" in refusal(datasets.Folder, tmp_path, 16)
 
 
 def test_images_and_captions_that_cannot_be_used_are_named_and_the_next_takes_their_place(tmp_path, capsys):
@@ -182,7 +183,7 @@ def test_images_and_captions_that_cannot_be_used_are_named_and_the_next_takes_th
     (tmp_path / "e.png").write_bytes(b"no image")
     (tmp_path / "f.png").unlink()
     (tmp_path / "f.png").symlink_to("nowhere")
-    source = data.Folder(tmp_path, 16)
+    source = datasets.Folder(tmp_path, 16)
     assert source[0]["left_out"] == 6 and source[0]["left_out"] == 0 and captions(source) == ["g"] * 7
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 6 and all(f"{tmp_path / name}.png is left out" in line for name, line in zip("abcdef", told))
@@ -204,7 +205,7 @@ def test_the_middle_is_cut_out_and_the_sizes_are_those_of_sdxl(tmp_path):
     with Image.open(tmp_path / "x.png") as image:
         image.paste((0, 0, 255), (0, 0, 50, 100))  # just the part that a crop of the middle leaves out
         image.save(tmp_path / "x.png")
-    item = data.Folder(tmp_path, 50)[0]
+    item = datasets.Folder(tmp_path, 50)[0]
     assert item["time_ids"].tolist() == [100, 200, 0, 25, 50, 50]
     assert (item["image"][2, :, 2:] < 0).all()  # no blue but for what resizing smears over the border
 
@@ -213,7 +214,7 @@ def test_augmenting_crops_and_mirrors_by_the_sample_with_coordinates_of_the_imag
     ramp = np.tile(np.arange(256, dtype=np.uint8), (64, 1))
     Image.fromarray(ramp).save(tmp_path / "x.png")
     (tmp_path / "x.txt").write_text("a ramp")
-    items, again = ([samples(data.Folder(tmp_path, 64, True))[n] for n in range(40)] for _ in range(2))
+    items, again = ([samples(datasets.Folder(tmp_path, 64, True))[n] for n in range(40)] for _ in range(2))
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(items, again))
     mirrored = [item["image"][0, 0, 0] > item["image"][0, 0, -1] for item in items]
     for item, turned in zip(items, mirrored):
@@ -242,15 +243,15 @@ def test_shards_are_found_by_folder_list_glob_and_ranges(laion, tmp_path):
         (tmp_path / "a[1]/{1..2}/{00001..00002}.tar", 10, 40), (tmp_path / "a[1]/{1..2}/*1.tar", 10, 20),
         (laion / "00002.tar", 20, 10),
     ):  # fmt: skip
-        source = data.open_source(where, 32)
+        source = datasets.open_source(where, 32)
         assert (source[0]["caption"], len(source)) == (f"caption {first}", count)
-    assert f"{laion}/00003.tar does not exist" in refusal(data.Shards, laion / "{00001..00003}.tar", 32)
-    assert "nowhere-*.tar does not exist" in refusal(data.open_source, tmp_path / "nowhere-*.tar", 32)
+    assert f"{laion}/00003.tar does not exist" in refusal(datasets.Shards, laion / "{00001..00003}.tar", 32)
+    assert "nowhere-*.tar does not exist" in refusal(datasets.open_source, tmp_path / "nowhere-*.tar", 32)
 
 
 def test_a_sample_of_a_shard_has_its_image_caption_and_the_size_it_once_had(laion):
     write_shard(laion / "00001.tar", [7], captions=False, facts={"original_width": 640, "original_height": 480})
-    source = data.Shards(laion, 64)
+    source = datasets.Shards(laion, 64)
     item = source[10]
     assert item["caption"] == "fact 7" and item["time_ids"].tolist() == [480, 640, 0, 16, 64, 64]
     assert torch.allclose(item["image"][:, 9, 9], torch.tensor([7, 0, 99]) / 127.5 - 1)
@@ -260,29 +261,29 @@ def test_a_sample_of_a_shard_has_its_image_caption_and_the_size_it_once_had(laio
 def test_tars_as_others_write_them(laion, tmp_path):
     """Joined, without end blocks, with upper-case endings, with what macOS and notebooks leave there."""
     parts = [(laion / f"0000{k}.tar").read_bytes() for k in range(3)]
-    whole = captions(data.Shards(laion, 16))
+    whole = captions(datasets.Shards(laion, 16))
     (tmp_path / "joined.tar").write_bytes(b"".join(parts))
-    assert captions(data.Shards(tmp_path / "joined.tar", 16)) == whole
+    assert captions(datasets.Shards(tmp_path / "joined.tar", 16)) == whole
     (tmp_path / "same.tar").write_bytes(parts[0] + parts[0])  # with the same names again
-    assert captions(data.Shards(tmp_path / "same.tar", 16)) == whole[:10] * 2
+    assert captions(datasets.Shards(tmp_path / "same.tar", 16)) == whole[:10] * 2
     for k, part in enumerate(parts):
         (laion / f"0000{k}.tar").write_bytes(part.rstrip(b"\0") + bytes(-len(part.rstrip(b"\0")) % 512))
-    assert captions(data.Shards(laion, 16)) == whole
+    assert captions(datasets.Shards(laion, 16)) == whole
     with tarfile.open(laion / "00000.tar") as before, tarfile.open(tmp_path / "others.tar", "w") as after:
         for member in before:
             key = member.name.upper()
             for name in f"./{key}", f"._{key}", f"__MACOSX/{key}", f".ipynb_checkpoints/{key}":
                 member.name = name
                 after.addfile(member, before.extractfile(member))
-    assert captions(data.Shards(tmp_path / "others.tar", 16)) == whole[:10]
+    assert captions(datasets.Shards(tmp_path / "others.tar", 16)) == whole[:10]
     with tarfile.open(laion / "00003.tar.gz", "w:gz") as tar:
         tar.add(laion / "00001.tar")
     for where in laion, laion / "00003.tar.gz":
-        assert "00003.tar.gz is no .tar file; unpack it" in refusal(data.open_source, where, 16)
+        assert "00003.tar.gz is no .tar file; unpack it" in refusal(datasets.open_source, where, 16)
 
 
 def test_an_epoch_shuffles_shards_and_neighbors_and_leaves_nothing_out(laion):
-    source = data.Shards(laion, 32, buffer=5)
+    source = datasets.Shards(laion, 32, buffer=5)
     orders = [source.order(np.random.default_rng(seed)) for seed in range(20)]
     assert all(sorted(order) == list(range(30)) for order in orders)
     assert len({tuple(order) for order in orders}) == 20
@@ -290,7 +291,7 @@ def test_an_epoch_shuffles_shards_and_neighbors_and_leaves_nothing_out(laion):
     for order in orders:  # no shard is opened twice: what is read at a time lies together
         changes = np.flatnonzero(np.diff(order // 10))
         assert changes.max() - changes.min() <= 10 + 2 * 5
-    drawn = samples(data.Shards(laion, 32, buffer=6))
+    drawn = samples(datasets.Shards(laion, 32, buffer=6))
     both = [list(data.batches(drawn, 0, 5, 3, rank, 2, 0)) for rank in (0, 1)]
     assert sorted(name for part in both for b in part for name in b["caption"]) == sorted(captions(source))
 
@@ -299,12 +300,12 @@ def test_an_epoch_shuffles_shards_and_neighbors_and_leaves_nothing_out(laion):
 def test_a_tar_that_was_cut_short_is_named_and_used_as_far_as_it_goes(laion, left, capsys):
     whole = (laion / "00001.tar").read_bytes().rstrip(b"\0")
     (laion / "00001.tar").write_bytes(whole[: int(left * len(whole))])
-    source = data.Shards(laion, 32)
+    source = datasets.Shards(laion, 32)
     assert len(source) - 20 in range(int(10 * left) - 1, int(10 * left) + 2)
     assert "00001.tar is damaged" in capsys.readouterr().err
     assert captions(source)[-10:] == [f"caption {key}" for key in range(20, 30)]
     (laion / "00002.tar").write_bytes(b"no tar at all" * 100)
-    assert "2 of 3 shards are damaged" in refusal(data.Shards, laion, 32)
+    assert "2 of 3 shards are damaged" in refusal(datasets.Shards, laion, 32)
 
 
 def test_a_broken_sample_of_a_shard_is_named_by_its_key(laion, capsys, monkeypatch):
@@ -313,12 +314,12 @@ def test_a_broken_sample_of_a_shard_is_named_by_its_key(laion, capsys, monkeypat
     content[at + 10 : at + 60] = bytes(50)
     content = bytes(content).replace(b'"caption": "fact 1"', b"[[[[[[[[[[[[[[[[[[[")
     (laion / "00000.tar").write_bytes(content)
-    item = data.Shards(laion, 32)[0]
+    item = datasets.Shards(laion, 32)[0]
     assert item["caption"] == "caption 2" and item["left_out"] == 2
     told = capsys.readouterr().err
     assert "00000.tar: 000000000.png is left out: cannot be read" in told and "000000001.png is left out" in told
-    monkeypatch.setattr(data, "LARGEST", 50)
-    assert "10 of 10 images" in refusal(data.Shards(laion / "00001.tar", 32).__getitem__, 0)
+    monkeypatch.setattr(datasets, "LARGEST", 50)
+    assert "10 of 10 images" in refusal(datasets.Shards(laion / "00001.tar", 32).__getitem__, 0)
 
 
 # ---- latents ----
@@ -338,7 +339,7 @@ def latents(tmp_path):
 
 def test_written_latents_come_back_in_half_precision_and_captions_to_the_letter(latents):
     folder, mean, log_variance = latents
-    source = data.open_source(folder, 64)
+    source = datasets.open_source(folder, 64)
     assert len(source) == 5
     for i in 4, 0, 2, 1, 3:
         item = source[i]
@@ -352,7 +353,9 @@ def test_written_latents_come_back_in_half_precision_and_captions_to_the_letter(
 def test_what_cannot_be_trained_on_is_refused(latents, tmp_path):
     folder, *_ = latents
     for where in folder, None:
-        assert "--augment cannot change drawn scenes or latents" in refusal(data.open_source, where, 64, augment=True)
+        assert "--augment cannot change drawn scenes or latents" in refusal(
+            datasets.open_source, where, 64, augment=True
+        )
     (tmp_path / "empty").mkdir()
     assert refusal(Latents, tmp_path / "empty").endswith("holds no latents (*.safetensors); check the path")
     rewrite(folder / "b.safetensors", lambda tensors: {"mean": tensors["mean"]})
@@ -368,7 +371,7 @@ def sd():
 def test_cached_latents_are_what_the_encoder_says(sd, tmp_path):
     for name in "abc":
         write_image(tmp_path / f"images/{name}.png", caption=name)
-    source = data.Folder(tmp_path / "images", 64)
+    source = datasets.Folder(tmp_path / "images", 64)
     cache.cache(sd, source, 3, tmp_path / "latents", shard=2)
     found = Latents(tmp_path / "latents")
     assert len(found.parts) == 2 and captions(found) == list("abc")
@@ -381,31 +384,31 @@ def test_cached_latents_are_what_the_encoder_says(sd, tmp_path):
 
 def test_an_interrupted_cache_goes_on_and_processes_share_the_work(sd, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    cache.cache(sd, data.Scenes(1), 5, whole, shard=2)
+    cache.cache(sd, datasets.Scenes(1), 5, whole, shard=2)
     encode, seen = sd.encode_moments, []
     monkeypatch.setattr(sd, "encode_moments", lambda images: seen.append(len(images)) or encode(images))
     for name, value in ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"):  # as torchrun does
         monkeypatch.setenv(name, value)
     for rank, numbers in ("1", [2]), ("0", [2, 2, 1]), ("0", [2, 2, 1]):
         monkeypatch.setenv("RANK", rank)
-        cache.cache(sd, data.Scenes(1), 5, parts, shard=2)
+        cache.cache(sd, datasets.Scenes(1), 5, parts, shard=2)
         assert seen == numbers
     (parts / "00001.safetensors").unlink()
     assert "holds 3 of 5 latents" in refusal(Latents, parts)
     monkeypatch.setenv("RANK", "1")
-    cache.cache(sd, data.Scenes(1), 5, parts, shard=2)
+    cache.cache(sd, datasets.Scenes(1), 5, parts, shard=2)
     assert seen == [2, 2, 1, 2]
     one, other = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in (whole, parts))
     assert one == other
 
 
 def test_latents_of_another_vae_source_or_number_are_not_mixed(sd, tmp_path):
-    cache.cache(sd, data.Scenes(1), 2, tmp_path)
-    assert "holds other latents" in refusal(cache.cache, sd, data.Scenes(1), 3, tmp_path)
+    cache.cache(sd, datasets.Scenes(1), 2, tmp_path)
+    assert "holds other latents" in refusal(cache.cache, sd, datasets.Scenes(1), 3, tmp_path)
     sd.vae.quant_conv.weight.data += 1
-    assert "holds other latents" in refusal(cache.cache, sd, data.Scenes(1), 2, tmp_path)
+    assert "holds other latents" in refusal(cache.cache, sd, datasets.Scenes(1), 2, tmp_path)
     (tmp_path / "made_of.json").unlink()
-    assert "do not say of what" in refusal(cache.cache, sd, data.Scenes(1), 2, tmp_path)
+    assert "do not say of what" in refusal(cache.cache, sd, datasets.Scenes(1), 2, tmp_path)
 
 
 def test_the_command_caches_and_refuses_in_one_line(tmp_path, capsys):

@@ -16,11 +16,10 @@ from helpers import ONE_THREAD, refusal, rewrite
 from PIL import Image
 from test_train import SHORT, log_of, run, state_of
 
-import data
 import train
 from model import StableDiffusion
 from paper import variants
-from support import devices, errors, runs
+from support import datasets, devices, errors, runs
 from support.loader import SIGNALS, Stop
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -283,13 +282,13 @@ def test_a_resumed_run_keeps_its_settings_but_not_how_it_computes_them(begin, tm
 def test_one_image_more_is_other_data(tmp_path):
     for name in "a", "b":
         Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
-    before = runs.samples_in(data.Folder(tmp_path, 64))
+    before = runs.samples_in(datasets.Folder(tmp_path, 64))
     copy = shutil.copytree(tmp_path, tmp_path.with_name("copy"))
-    assert runs.samples_in(data.Folder(copy, 64)) == before
+    assert runs.samples_in(datasets.Folder(copy, 64)) == before
     (copy / "b.png").rename(copy / "c.png")
     Image.new("RGB", (64, 64)).save(tmp_path / "c.png")
-    assert len({before, *(runs.samples_in(data.Folder(where, 64)) for where in (copy, tmp_path))}) == 3
-    assert runs.samples_in(data.Scenes(0)) != runs.samples_in(data.Scenes(1))
+    assert len({before, *(runs.samples_in(datasets.Folder(where, 64)) for where in (copy, tmp_path))}) == 3
+    assert runs.samples_in(datasets.Scenes(0)) != runs.samples_in(datasets.Scenes(1))
 
 
 @slow
@@ -392,7 +391,7 @@ def test_a_result_that_cannot_be_written_is_finished_with_resume(tmp_path):
 
 @slow
 def test_a_reader_of_data_that_dies_ends_the_run(sd15, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data.Scenes, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(datasets.Scenes, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert run("--stage", 1, "--model", sd15, "--workers", 1, "--iters", 1, "--out", tmp_path) == 2
     assert "error: DataLoader worker (pid" in capsys.readouterr().err
 

@@ -5,7 +5,7 @@ import pytest
 from torch.utils.data import Dataset
 
 import data
-from support import scenes, streams
+from support import datasets, scenes, streams
 
 ITEMS, SEED = 2000, 7
 
@@ -17,7 +17,7 @@ class Endless(Dataset):
         return {}
 
 
-class Blank(data.Images):
+class Blank(datasets.Images):
     """A single image that needs no reading. So each number is an epoch, too."""
 
     def __len__(self):

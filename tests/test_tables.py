@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from helpers import exit_code
 
-import data
 from model import MINIATURE, StableDiffusion
 from paper import figures, tables
 from paper.tables import METHODS
+from support import datasets
 from tools.cache import cache
 
 
@@ -74,7 +74,7 @@ def test_a_method_is_trained_scored_and_then_known(tmp_path, monkeypatch, capsys
     command += ["--out", tmp_path / "out", "--data", tmp_path / "latents", "--json", tmp_path / "rows.json"]
     assert exit_code(tables, *command) == 2
     assert "holds no latents; make them: python -m tools.cache" in capsys.readouterr().err
-    cache(StableDiffusion.load(MINIATURE), data.Scenes(0), 32, tmp_path / "latents")
+    cache(StableDiffusion.load(MINIATURE), datasets.Scenes(0), 32, tmp_path / "latents")
     assert exit_code(tables, *command) == 0
     teacher, ours = json.loads((tmp_path / "rows.json").read_text())
     assert (teacher["method"], teacher["steps"], teacher["evaluations"]) == ("ddim", 2, 4)

@@ -22,6 +22,7 @@ import sample
 import train
 from model import StableDiffusion
 from paper import variants
+from support import datasets
 from support.images import image_grid
 from support.latents import write_latents
 from support.streams import draw_noise
@@ -56,7 +57,7 @@ def state_of(folder):
 
 def draw(size, windows=8):
     """The first batch of training on scenes."""
-    samples = data.Samples(data.Scenes(0), 0, (4, 8, 8), windows)
+    samples = data.Samples(datasets.Scenes(0), 0, (4, 8, 8), windows)
     return next(iter(data.batches(samples, 0, 1, size, 0, 1, 0)))
 
 
@@ -66,7 +67,7 @@ def settings(**given):
 
 
 def loss_of(student, teacher, items, args, trajectory=train.teacher_trajectory, ema=None):
-    batch = train.prepare(teacher, items, teacher.device)
+    batch = data.prepare(teacher, items, teacher.device)
     with torch.no_grad():
         path = trajectory(teacher, ema, batch, args)
     return train.compute_loss(student, teacher, batch, path, args.windows, args.alpha)
@@ -241,16 +242,16 @@ def test_a_compiled_student_is_one_graph_for_all_updates(sd15):
 def test_a_caption_left_out_is_the_empty_one(sd15):
     sd, items = StableDiffusion.load(sd15), draw(3)
     items["uncond"] = torch.tensor([True, False, True])
-    text, _, _ = train.prepare(sd, items, CPU)["conditions"]
+    text, _, _ = data.prepare(sd, items, CPU)["conditions"]
     expected, _ = sd.encode_prompt(["", items["caption"][1], ""])
     assert torch.equal(text, expected) and not torch.equal(text[0], text[1])
 
 
 def test_cached_latents_stand_for_their_images(sd15):
     sd, items = StableDiffusion.load(sd15), draw(2)
-    expected = train.prepare(sd, dict(items), CPU)
+    expected = data.prepare(sd, dict(items), CPU)
     mean, log_variance = sd.vae.encode(items.pop("image"))
-    ours = train.prepare(sd, items | {"mean": mean, "log_variance": log_variance}, CPU)
+    ours = data.prepare(sd, items | {"mean": mean, "log_variance": log_variance}, CPU)
     for name in "z_0", "noise", "tau":
         assert torch.equal(ours[name], expected[name])
 
@@ -358,7 +359,7 @@ def test_a_sheet_shows_what_the_average_draws(stages):
 
 def test_sdxl_is_given_the_sizes_of_each_image(sdxl):
     sd, sizes = StableDiffusion.load(sdxl), torch.tensor([[64, 96, 0, 16, 64, 64], [64, 128, 0, 32, 64, 64]])
-    _, pooled, time_ids = train.prepare(sd, draw(2) | {"time_ids": sizes}, CPU)["conditions"]
+    _, pooled, time_ids = data.prepare(sd, draw(2) | {"time_ids": sizes}, CPU)["conditions"]
     assert pooled.shape == (2, 48) and torch.equal(time_ids, sizes)
 
 

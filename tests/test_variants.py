@@ -5,9 +5,9 @@ import torch
 from helpers import randomize
 from test_train import CPU, compare_with_hand, draw, settings
 
+import data
 import reflow
 import sample
-import train
 from model import StableDiffusion, flow_scheduler
 from paper import variants
 
@@ -20,7 +20,7 @@ def test_the_loss_on_guided_trajectories_is_that_worked_out_by_hand(sdxl):
 @torch.no_grad()
 def test_a_share_of_samples_starts_where_the_average_leads(sd15):
     teacher, ema = StableDiffusion.load(sd15), randomize(StableDiffusion.load(sd15).unet, 9)
-    batch = train.prepare(teacher, draw(6, windows=4), CPU)
+    batch = data.prepare(teacher, draw(6, windows=4), CPU)
     args = settings(windows=4, own_starts=0.5, teacher_guidance=1)
     grid, z_s, _ = variants.trajectory(teacher, ema, batch, args)
     expected = reflow.add_noise(batch["z_0"], batch["noise"], reflow.alpha_bar(teacher.alphas_cumprod, grid[0]))

@@ -29,7 +29,7 @@ import sample
 import train
 from clip_text import Tokenizer
 from model import MINIATURE, NETWORKS, StableDiffusion, flow_scheduler
-from support import layouts
+from support import datasets, layouts
 from support.devices import choose_device
 from support.files import write_json
 from support.weights import build, read_config
@@ -127,9 +127,9 @@ def bench_step(device: str) -> list[dict]:
     base, flow, student = (StableDiffusion.load(MINIATURE, device) for _ in range(3))
     flow.configs = flow.configs | {"scheduler": flow_scheduler(flow, 8)}
     student = student.unet.requires_grad_(True)
-    samples = data.Samples(data.Scenes(0), 0, (4, 8, 8), 4)
+    samples = data.Samples(datasets.Scenes(0), 0, (4, 8, 8), 4)
     items = torch.utils.data.default_collate([samples[i] for i in range(64)])
-    batch = train.prepare(base, items, torch.device(device))
+    batch = data.prepare(base, items, torch.device(device))
 
     def step(teacher: StableDiffusion) -> None:
         settings = argparse.Namespace(windows=4, solver_steps=train.solver_steps(teacher, 4))

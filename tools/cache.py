@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from data import open_source
 from model import MINIATURE, StableDiffusion
 from support import errors
+from support.datasets import open_source
 from support.devices import choose_device
 from support.errors import InputError, positive_int
 from support.latents import Latents, cache
