@@ -41,7 +41,6 @@ from train import update_ema
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-CLIP = MINIATURE.with_name("miniature-clip")
 SAVE_EVERY = 100  # updates
 DETAIL = 0.8  # of captions from which places are learned, see scenes.choose_facts; others have half of it
 
@@ -360,7 +359,7 @@ def train(args: argparse.Namespace) -> None:
     for network in sd.networks.values():
         network.requires_grad_(False).half()
     sd.save(args.out)
-    print(f"{args.out} is ready: python -m miniature.judge {args.out} --steps 32 4")
+    print(f"{args.out} is ready: python -m paper.figures score {args.out}:32 --guidance 4")
 
 
 def main() -> None:

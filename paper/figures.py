@@ -12,14 +12,12 @@ for each window, a diffusion model 32. All but the first two need matplotlib. Re
 """
 
 import argparse
-import functools
 import itertools
 import json
 import math
 import operator
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,9 +26,7 @@ from tqdm import trange
 import fid
 import reflow
 import sample
-from evaluation.clip_score import ClipScore
-from miniature.judge import SPLITS, images_of, prompt_accuracy
-from miniature.train import CLIP
+from miniature.judge import SPLITS, prompt_accuracy, reference, set_scores, statistics
 from model import StableDiffusion
 from support import scenes
 from support.captions import read_prompts
@@ -98,32 +94,10 @@ def name_of(sd: StableDiffusion) -> str:
 def scores(
     sd: StableDiffusion, steps: int, scale: float, sampler: str, seed: int, prompts: int, images: int
 ) -> dict[str, float]:
-    """Prompt accuracy; and of `images` images of the seed's captions, the Frechet distance to its drawn scenes and the
-    CLIP score."""
+    """All scores, without the last two where there are no images; and the number of network evaluations."""
     row = {"evaluations": steps * (1 if scale == 1 else 2)}  # NFE
     row |= prompt_accuracy(sd, steps, scale, seed, prompts, sampler)
-    if images:
-        clip, drawn = reference(sd.device, seed, images)
-        captions = [scenes.caption(seed, i) for i in range(images)]
-        made = list(images_of(sd, captions, steps, scale, seed, sampler))
-        parts = [clip.similarity(made[i : i + 100], captions[i : i + 100]) for i in range(0, images, 100)]
-        row["frechet"] = round(fid.frechet_distance(*statistics(made, clip), *drawn), 3)
-        row["clip"] = round(100 * torch.cat(parts).mean().item(), 3)
-    return row
-
-
-@functools.cache
-def reference(device: torch.device, seed: int, images: int) -> tuple[ClipScore, tuple]:
-    """The miniature's own CLIP, and the mean and covariance of so many drawn scenes in its features."""
-    clip = ClipScore.load(CLIP, device)
-    return clip, statistics([scenes.sample(seed, i)[0] for i in trange(images, desc="drawing scenes")], clip)
-
-
-def statistics(images: list[np.ndarray], clip: ClipScore) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of the images' features."""
-    features = torch.cat([clip.image_features(images[i : i + 200]).cpu() for i in range(0, len(images), 200)])
-    features = features.double().numpy()
-    return features.mean(axis=0), np.cov(features, rowvar=False)
+    return row | (set_scores(sd, steps, scale, seed, images, sampler) if images else {})
 
 
 def table(rows: list[dict], prompts: int, columns: list[str] = HEAD) -> str:
