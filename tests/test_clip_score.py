@@ -132,21 +132,18 @@ def test_images_are_prepared_as_transformers_does(width, height, mode):
 
 
 def test_the_folder_says_how_images_are_prepared(copy):
-    (copy / "preprocessor_config.json").unlink()
+    older, newer, image = copy / "preprocessor_config.json", copy / "processor_config.json", photo(4, 77, 95)
+    older.unlink()
     default = ClipScore.load(copy).image_config
     assert default == ClipImageConfig(size=32, crop_size=32)  # CLIP's way, at the size that the tower takes
-    settings = {  # as today's library writes them
-        "data_format": "channels_first", "default_to_square": False, "image_processor_type": "CLIPImageProcessorFast",
-        "crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 41}, "do_resize": True, "resample": 2,
-        "device": None, "pad_size": None, "do_convert_rgb": True, "rescale_factor": 0.00392156862745098,
-        "use_square_size": False, "do_pad": False, "image_mean": [0.1, 0.5, 0.9], "image_std": [1, 0.5, 0.2],
-    }  # fmt: skip
-    write(copy / "processor_config.json", {"image_processor": settings, "processor_class": "CLIPProcessor"})
-    image = photo(4, 77, 95)
+    colors = {"image_mean": [0.1, 0.5, 0.9], "image_std": [1, 0.5, 0.2]}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 41}, crop_size=32, resample=2, **colors)
+    processor.save_pretrained(copy)
+    write(newer, {"image_processor": read(older)})
+    older.unlink()
     prepared = prepare(image, ClipScore.load(copy).image_config)
-    expected = CLIPImageProcessorPil(**settings)(image, return_tensors="pt").pixel_values[0]
-    assert (prepared - expected).abs().max() < 1e-5
-    write(copy / "preprocessor_config.json", {"size": 32, "crop_size": 32})
+    assert (prepared - processor(image, return_tensors="pt").pixel_values[0]).abs().max() < 1e-5
+    write(older, {"size": 32, "crop_size": 32})
     assert ClipScore.load(copy).image_config == default  # where there are both, it is the older file's
 
 

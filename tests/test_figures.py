@@ -79,13 +79,6 @@ def test_the_table_shows_the_rows_of_the_test_split_with_equally_many_prompts():
     ]
 
 
-def test_the_page_shows_the_scores_that_were_measured():
-    rows = figures.read_rows(figures.HERE / "results/scores.json")
-    page = (figures.HERE / "README.md").read_text(encoding="utf-8")
-    shown = page.split(figures.MARKS[0])[1].split(figures.MARKS[1])[0]
-    assert shown == figures.table(rows, 200) and "| ProReflow-I | 4 |" in shown
-
-
 def test_side_by_side_draws_a_row_for_each_model_and_no_more_guidance_for_a_guided_flow(tmp_path, monkeypatch, capsys):
     for spec in f"{MINIATURE}:many", f"{MINIATURE}:4:heun":
         assert run("side", spec, "--out", tmp_path) == 2
