@@ -1,7 +1,7 @@
 """CLIP score: how well do images fit their prompts? (Radford et al. 2021; Hessel et al. 2021)
 
     python -m evaluation.clip_score IMAGES --clip weights/miniature-clip           prompts from the PNGs of sample.py
-    torchrun --nproc-per-node 8 -m evaluation.clip_score IMAGES --clip DIR --prompts prompts.txt
+    torchrun --nproc-per-node 8 -m evaluation.clip_score IMAGES --clip DIR --prompts captions_val2014.json
 
 CLIP's two towers map an image and a text to vectors of one space; the score is the cosine between the two. The towers
 are in `clip_text.py` and `evaluation/clip_vision.py`. A model is a CLIP folder as the Hugging Face hub has them.
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from clip_text import ClipText, Tokenizer
 from evaluation.clip_vision import ClipImageConfig, ClipVision, image_config_of, prepare, read_towers
 from fid import crop_then_resize
-from support.captions import read_prompts
+from support.captions import read_coco, read_prompts
 from support.devices import choose_device, rank_and_world
 from support.errors import InputError, Parser, count, one_line_errors, positive_int
 from support.folders import find_tensors
@@ -112,9 +112,10 @@ class ClipScore:
 
 
 def find_prompts(files: list[Path], source: Path | None) -> list[str]:
-    """The prompt of each image: that in its PNG, or the line of `source` whose number, from 0, its name ends in.
+    """The prompt of each image. Raises InputError where it is not certain.
 
-    Raises InputError where there is none.
+    Images of sample.py hold their own. Others are found in `source` by their names in a COCO captions JSON, or by the
+    numbers that their names end in: an image id there, or the number of a line, from 0.
     """
     own = [settings_of_png(file).get("prompt") for file in files]
     if source is None:
@@ -124,12 +125,24 @@ def find_prompts(files: list[Path], source: Path | None) -> list[str]:
         return own
     if any(prompt is not None for prompt in own):
         raise InputError(f"{files[0].parent} holds images of sample.py, which hold their prompts; leave out --prompts")
-    prompts = read_prompts(source)
-    numbers = [int(re.search("[0-9]*$", file.stem)[0] or -1) for file in files]
-    if numbers != list(range(len(prompts))):
-        names = f"the names of {len(prompts)} images should end in 0, 1, 2, ..., as the prompts in {source} are counted"
-        raise InputError(f"{files[0].parent}: {names}")
-    return prompts
+    if source.suffix.lower() == ".json":
+        captions, names = read_coco(source)
+        prompts = {str(i): texts[0] for i, texts in captions.items()}
+        prompts |= {Path(name).stem: captions[i][0] for i, name in names.items() if i in captions}
+    else:
+        prompts = {str(i): prompt for i, prompt in enumerate(read_prompts(source))}
+        missing = len(prompts) - len(files)
+        check_left_out(missing, len(prompts), files[0].parent, f"of the prompts in {source} are missing")
+    found = {}
+    for file in files:
+        number = re.search("[0-9]*$", file.stem)[0]
+        key = file.stem if file.stem in prompts else str(int(number or -1))
+        if key not in prompts:
+            raise InputError(f"{source} has no prompt for {file}; names should end in the number of a line, from 0")
+        if key in found:
+            raise InputError(f"{found[key]} and {file} have one number, so one prompt of {source}; keep one")
+        found[key] = file
+    return [prompts[key] for key in found]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -160,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = Parser(description="How well do images fit their prompts? The CLIP score.")
     parser.add_argument("images", type=Path, help="folder of images")
-    parser.add_argument("--prompts", type=Path, help="a prompt per line; default: each PNG's own prompt")
+    parser.add_argument("--prompts", type=Path, help="text lines or COCO captions JSON; default: each PNG's own prompt")
     parser.add_argument("--clip", type=Path, required=True, help="CLIP folder")
     formulas = "; ".join(f"{name}: {how.formula}" for name, how in CONVENTIONS.items())
     parser.add_argument("--convention", choices=CONVENTIONS, default="logits", help=formulas)

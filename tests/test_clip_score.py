@@ -1,5 +1,6 @@
 """CLIP score: towers and preparation of images are those of transformers, scores are those of the papers."""
 
+import json
 import shutil
 
 import numpy as np
@@ -16,7 +17,7 @@ from evaluation import clip_score
 from evaluation.clip_score import ClipScore, find_prompts
 from evaluation.clip_vision import ClipImageConfig, ClipVision, ClipVisionConfig, prepare
 from support import scenes
-from support.images import find_images, save_png
+from support.images import save_png
 from support.weights import build
 
 NAMES = "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"
@@ -230,27 +231,34 @@ def test_scores_are_those_of_the_papers_by_transformers(
     assert said == f"{formula} over 3 images, by small (2 layers of 48, patches of 8 pixels)\n"
 
 
+WORDS = ["a red cat", "the cat", "red", "in the red", "cat on cat"]
+COCO = {
+    "images": [{"id": i + 40, "file_name": f"val/COCO_val2014_{44 - i:012d}.jpg"} for i in range(4)],
+    "annotations": [{"image_id": i + 40, "id": 9 - i, "caption": word} for i, word in enumerate(WORDS)],
+}
+
+
 @pytest.mark.parametrize(
-    "names, fits",
+    "names, prompts, expected",
     [
-        (["2.png", "0.webp", "1.JPG"], True),
-        (["img_0001.png", "img_2.png", "img_0.bmp"], True),
-        (["0.png", "1.png"], False),
-        (["1.png", "2.png", "3.png"], False),
-        (["0.png", "1.png", "more/1.png"], False),
-        (["0.png", "1.png", "cat.png"], False),
+        (["2.png", "0.webp", "1.JPG", "more/3.png", "00004.bmp"], WORDS, [2, 0, 1, 3, 4]),
+        (["img_2.png", "img_10.png"], ["a"] * 12, "10 of 12 images of the prompts"),
+        (["1.png", "2.png"], ["a", "b"], "has no prompt for {folder}/2.png"),
+        (["1.png", "more/1.png"], ["a", "b"], "{folder}/1.png and {folder}/more/1.png have one number"),
+        # by file name first (whose numbers may be others' ids), then by id
+        (["COCO_val2014_000000000044.png", "COCO_val2014_000000000042.png", "44.png"], COCO, [0, 2, 4]),
+        (["COCO_val2014_000000000044.png", "cat.png"], COCO, "has no prompt for {folder}/cat.png"),
+        (["00000.png", "00001.png"], COCO, "has no prompt for {folder}/00000.png"),  # not by order
     ],
 )
-def test_images_of_others_find_their_prompts_by_number(tmp_path, names, fits):
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        photo(1, 9, 9).convert("RGB").save(tmp_path / name)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a\nb\nc")
-    if fits:
-        assert find_prompts(find_images(tmp_path), prompts) == ["a", "b", "c"]
+def test_images_of_others_find_their_prompts_by_name(tmp_path, names, prompts, expected):
+    files = [tmp_path / name for name in names]
+    source = tmp_path / ("prompts.json" if prompts is COCO else "prompts.txt")
+    source.write_text(json.dumps(prompts) if prompts is COCO else "\n".join(prompts))
+    if isinstance(expected, str):
+        assert expected.format(folder=tmp_path) in refusal(find_prompts, files, source)
     else:
-        assert "the names of 3 images should end in 0, 1, 2" in refusal(find_prompts, find_images(tmp_path), prompts)
+        assert find_prompts(files, source) == [WORDS[k] for k in expected]
 
 
 def test_a_prompt_of_another_tool_is_none_and_images_of_sample_py_keep_theirs(tmp_path, small, capsys):
