@@ -5,6 +5,7 @@ Its layers are those of the text tower, `clip_text.py`. Attribute names equal th
 Shapes: B batch, P patches, D width. H W height and width, S that of the square the tower sees, all in pixels.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clip_text import Encoder, embedding
+from clip_text import ClipTextConfig, Encoder, embedding
 from support.errors import InputError
 from support.files import read_json
 from support.images import to_rgb
@@ -35,12 +36,7 @@ class ClipVisionConfig:
     layer_norm_eps: float = 1e-5
     projection_dim: int = 512
 
-    ONLY: ClassVar[dict[str, object]] = {  # see support/checks.py
-        "hidden_act": ("quick_gelu", "gelu"),
-        "attention_dropout": 0.0, "dropout": 0.0, "model_type": "clip_vision_model", "num_channels": 3,
-        "initializer_factor": ..., "initializer_range": ..., "torch_dtype": ..., "dtype": ...,
-        "transformers_version": ..., "architectures": ...,
-    }  # fmt: skip
+    ONLY: ClassVar[dict[str, object]] = {"hidden_act": ("quick_gelu", "gelu")}  # see support/checks.py
 
 
 class VisionEmbeddings(nn.Module):
@@ -89,16 +85,6 @@ class ClipVision(nn.Module):
 # ---- A CLIP folder's JSON files, as OpenAI, OpenCLIP and versions of transformers have written them ----
 
 PUBLISHED = "openai/clip-vit-large-patch14 and laion/CLIP-ViT-g-14-laion2B-s12B-b42K on the Hugging Face hub are some"
-# Until 2023, every config.json held the settings that all kinds of models had in common. CLIP reads none of these.
-COMMON = set(
-    """chunk_size_feed_forward diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size id2label label2id
-    length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_scores problem_type remove_invalid_values repetition_penalty
-    return_dict return_dict_in_generate temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings top_k top_p
-    torchscript typical_p use_bfloat16""".split()
-)
-# These, too, as long as they ask for nothing.
-ABSENT = {"add_cross_attention", "is_decoder", "is_encoder_decoder", "pruned_heads"}
 
 
 @dataclass
@@ -113,9 +99,7 @@ class ClipImageConfig:
 
     ONLY: ClassVar[dict[str, object]] = {  # see support/checks.py
         "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255,
-        "do_pad": False, "use_square_size": False, "default_to_square": ..., "do_convert_rgb": ..., "data_format": ...,
-        "input_data_format": ..., "image_processor_type": ..., "feature_extractor_type": ..., "processor_class": ...,
-        "device": ..., "disable_grouping": ..., "return_tensors": ..., "use_fast": ...,
+        "do_pad": False, "use_square_size": False,
     }  # fmt: skip
 
     def __post_init__(self):
@@ -130,6 +114,12 @@ class ClipImageConfig:
         self.resample = Image.Resampling(self.resample)
 
 
+def read_known(config_class: type, settings: dict, where: str):
+    """Settings as `config_class`. Those that it does not name change nothing here, and nothing in transformers."""
+    names = {field.name for field in dataclasses.fields(config_class)} | getattr(config_class, "ONLY", {}).keys()
+    return read_config(config_class, {name: settings[name] for name in names & settings.keys()}, where)
+
+
 def image_config_of(folder: Path, side: int) -> ClipImageConfig:
     """How a CLIP folder says that images are prepared, for a vision tower that takes images of `side` pixels."""
     settings = {"size": side, "crop_size": side}
@@ -137,29 +127,30 @@ def image_config_of(folder: Path, side: int) -> ClipImageConfig:
         if (folder / name).is_file():
             settings = read_json(folder / name)
             settings = settings.get("image_processor", settings)
-    config = read_config(ClipImageConfig, settings, f"{folder}: preprocessor config")
+    config = read_known(ClipImageConfig, settings, f"{folder}: preprocessor config")
     if config.crop_size != side:
         sizes = f"images of {config.crop_size} pixels, the vision tower takes {side}"
         raise InputError(f"{folder}: the preprocessor config makes {sizes}")
     return config
 
 
-def read_towers(folder: Path) -> list[dict]:
-    """The settings of the text and of the vision tower in a CLIP folder's `config.json`."""
+# What a CLIP folder's text_config may leave out: ViT-B/32's sizes, while the text encoder of SD1.5 is ViT-L/14's.
+TEXT_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+
+
+def read_towers(folder: Path) -> tuple[ClipTextConfig, ClipVisionConfig]:
+    """The configurations of the text and of the vision tower in a CLIP folder's `config.json`."""
+    where = f"{folder}: config.json"
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no CLIP folder: it has no config.json; {PUBLISHED}")
-    config, towers = read_json(folder / "config.json"), []
-    for tower in "text", "vision":
-        # OpenAI's older files have them twice, and then the other libraries go by this one alone.
-        settings = config.get(f"{tower}_config_dict")
-        settings = config.get(f"{tower}_config") if settings is None else settings
-        if config.get("model_type") != "clip" or not isinstance(settings, dict):
-            what = "model_type clip, with text_config and vision_config"
-            raise InputError(f"{folder}: config.json describes no CLIP: {what}; {PUBLISHED}")
-        empty = {name for name in ABSENT if not settings.get(name)}
-        settings = {name: value for name, value in settings.items() if name not in COMMON | empty}
-        towers.append(settings | {"projection_dim": config.get("projection_dim") or 512})  # a tower's own is not used
-    return towers
+    config = read_json(folder / "config.json")
+    # OpenAI's older files have a tower's settings twice, and then the other libraries go by the first of these alone.
+    text, vision = (config.get(f"{tower}_config_dict") or config.get(f"{tower}_config") for tower in ("text", "vision"))
+    if config.get("model_type") != "clip" or not isinstance(text, dict) or not isinstance(vision, dict):
+        raise InputError(f"{where} describes no CLIP: model_type clip, with text_config and vision_config; {PUBLISHED}")
+    projection = {"projection_dim": config.get("projection_dim") or 512}  # a tower's own is not used
+    text = TEXT_DEFAULTS | text | projection | {"architectures": ["CLIPTextModelWithProjection"]}
+    return read_known(ClipTextConfig, text, where), read_known(ClipVisionConfig, vision | projection, where)
 
 
 def prepare(image: Image.Image | np.ndarray, cfg: ClipImageConfig) -> Tensor:

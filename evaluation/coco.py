@@ -10,7 +10,6 @@ https://cocodataset.org/#download. The others need not know of COCO.
 """
 
 import argparse
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from fid import PROTOCOLS
 from support.captions import read_coco
 from support.errors import InputError, Parser, one_line_errors, positive_int
 from support.files import listed, make_folder, replaced, write_text
-from support.scoring import check_left_out
 
 Rows = list[tuple[str, object]]  # captions, each with the id of its image
 
@@ -68,20 +66,18 @@ def prepare(protocol: str, captions_file: Path, images: Path, out: Path, count: 
     wanted = list(names) if choice.all_images else [image for _, image in chosen]
     if not chosen:
         raise InputError(f"{captions_file} holds no captions of its images")
-    missing = {image: names[image] for image in wanted if not (images / names[image]).is_file()}
-    check_left_out(len(missing), len(wanted), images, f"are missing ({listed(list(missing.values()))})")
-    prompts = [text for text, image in chosen if image not in missing]
-    files = [names[image] for image in wanted if image not in missing]
+    if missing := [names[image] for image in wanted if not (images / names[image]).is_file()]:
+        raise InputError(f"{images}: {len(missing)} of {len(wanted)} images are missing ({listed(missing)})")
     make_folder(out)
     with replaced(out / "reference") as aside:
         aside.mkdir()
-        for name in files:
+        for name in (names[image] for image in wanted):
             try:
                 (aside / name).symlink_to((images / name).resolve())
             except OSError:  # exFAT disks, some network shares and Windows have no links
                 shutil.copy(images / name, aside / name)
-    write_text(out / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts))
-    print(f"{out / 'prompts.txt'}: {len(prompts)} of {count} prompts; {out / 'reference'}: {len(files)} images")
+    write_text(out / "prompts.txt", "".join(f"{text}\n" for text, _ in chosen))
+    print(f"{out / 'prompts.txt'}: {len(chosen)} of {count} prompts; {out / 'reference'}: {len(wanted)} images")
 
 
 def main() -> None:

@@ -1,29 +1,29 @@
-"""Prompt accuracy: the share of prompts of which an image shows all that they say. A program reads the images back.
+"""Scores of a model of drawn scenes: prompt accuracy, Frechet distance and CLIP score.
 
-    python -m miniature.judge weights/proreflow-i --steps 4 --guidance 2 4
-
-Read `support/scenes.py` for how. `python -m paper.figures score` adds a Frechet distance and a CLIP score.
+Prompt accuracy is the share of prompts of which an image shows all that they say. A program reads the images back; read
+`support/scenes.py` for how. The other two are in features of the miniature's own CLIP. `python -m paper.figures score`
+prints all of them.
 """
 
-import argparse
-import itertools
+import functools
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+import torch
+from tqdm import tqdm, trange
 
+import fid
 import sample
+from evaluation.clip_score import ClipScore
 from model import MINIATURE, StableDiffusion
 from support import scenes
-from support.devices import choose_device
-from support.errors import Parser, one_line_errors
 
+CLIP = MINIATURE.with_name("miniature-clip")
 SPLITS = {"validation": scenes.VALIDATION, "test": scenes.TEST}  # settings are chosen on one, reported on the other
 
 
 def images_of(
-    sd: StableDiffusion, prompts: list[str], steps: int, guidance_scale: float, seed: int, sampler: str | None = None
+    sd: StableDiffusion, prompts: list[str], steps: int, guidance_scale: float, seed: int, sampler: str
 ) -> Iterator[np.ndarray]:
     """Images of the prompts, uint8 (64, 64, 3), one after the other; image i has noise (seed, i)."""
     for first in tqdm(range(0, len(prompts), 100), desc=f"{steps} steps, guidance {guidance_scale:g}", leave=False):
@@ -33,7 +33,7 @@ def images_of(
 
 
 def prompt_accuracy(
-    sd: StableDiffusion, steps: int, guidance_scale: float, seed: int, count: int, sampler: str | None = None
+    sd: StableDiffusion, steps: int, guidance_scale: float, seed: int, count: int, sampler: str
 ) -> dict[str, float]:
     """Prompt accuracy on `count` prompts of this seed that name one item, and on `count` that name two."""
     accuracy = {}
@@ -44,21 +44,27 @@ def prompt_accuracy(
     return accuracy
 
 
-def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?", default=MINIATURE, help="model folder")
-    parser.add_argument("--steps", type=int, nargs="+", default=[32], help="number of steps; several are compared")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[4.0], help="guidance scale; the same")
-    parser.add_argument("--split", choices=SPLITS, default="validation", help="which prompts and noise")
-    parser.add_argument("--count", type=int, default=200, help="prompts that name one item; as many name two")
-    parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
-    args = parser.parse_args()
-    with one_line_errors(parser):
-        sd = StableDiffusion.load(args.model, choose_device(args.device))
-        for steps, scale in itertools.product(args.steps, args.guidance):
-            one, two = prompt_accuracy(sd, steps, scale, SPLITS[args.split], args.count).values()
-            print(f"{steps} steps, guidance {scale:g}: one item {one:.1%}, two items {two:.1%}", flush=True)
+def set_scores(
+    sd: StableDiffusion, steps: int, guidance_scale: float, seed: int, count: int, sampler: str
+) -> dict[str, float]:
+    """Of `count` images of the seed's captions, the Frechet distance to its drawn scenes and the CLIP score."""
+    clip, drawn = reference(sd.device, seed, count)
+    captions = [scenes.caption(seed, i) for i in range(count)]
+    images = list(images_of(sd, captions, steps, guidance_scale, seed, sampler))
+    parts = [clip.similarity(images[i : i + 100], captions[i : i + 100]) for i in range(0, count, 100)]
+    distance = fid.frechet_distance(*statistics(images, clip), *drawn)
+    return {"frechet": round(distance, 3), "clip": round(100 * torch.cat(parts).mean().item(), 3)}
 
 
-if __name__ == "__main__":
-    main()
+@functools.cache
+def reference(device: torch.device, seed: int, count: int) -> tuple[ClipScore, tuple]:
+    """The miniature's own CLIP, and the mean and covariance of so many drawn scenes in its features."""
+    clip = ClipScore.load(CLIP, device)
+    return clip, statistics([scenes.sample(seed, i)[0] for i in trange(count, desc="drawing scenes")], clip)
+
+
+def statistics(images: list[np.ndarray], clip: ClipScore) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of the images' features."""
+    features = torch.cat([clip.image_features(images[i : i + 200]).cpu() for i in range(0, len(images), 200)])
+    features = features.double().numpy()
+    return features.mean(axis=0), np.cov(features, rowvar=False)

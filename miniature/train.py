@@ -12,7 +12,6 @@ import copy
 import itertools
 import math
 import re
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from tqdm import tqdm, trange
 
 import reflow
 from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer
-from evaluation.clip_score import ClipVision, ClipVisionConfig
+from evaluation.clip_vision import ClipVision, ClipVisionConfig
 from model import MINIATURE, StableDiffusion
 from support import layouts, scenes
 from support.datasets import Scenes
@@ -42,7 +41,7 @@ from train import update_ema
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-CLIP = MINIATURE.with_name("miniature-clip")
+SAVE_EVERY = 100  # updates
 DETAIL = 0.8  # of captions from which places are learned, see scenes.choose_facts; others have half of it
 
 VAE_SETTINGS = layouts.SD15["vae"] | {
@@ -53,8 +52,8 @@ TEXT_SETTINGS = layouts.CLIP_L | {
     "projection_dim": 128,
 }  # fmt: skip
 VISION_SETTINGS = {
-    "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4,
-    "num_hidden_layers": 4, "projection_dim": 128, "image_size": 64, "patch_size": 8, "hidden_act": "quick_gelu",
+    "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "hidden_act": "quick_gelu",
+    "num_hidden_layers": 4, "projection_dim": 128, "image_size": 64, "patch_size": 8,
 }  # fmt: skip
 UNET_SETTINGS = layouts.SD15["unet"] | {
     "block_out_channels": [64, 96], "attention_head_dim": [2, 3], "layers_per_block": 1, "norm_num_groups": 16,
@@ -63,8 +62,8 @@ UNET_SETTINGS = layouts.SD15["unet"] | {
 }  # fmt: skip
 
 
-def fit(network: nn.Module, compute_loss: Callable[[int], Tensor], run: Path, iters: int, lr: float) -> nn.Module:
-    """Train `network`, from the checkpoint in `run` on if there is one; returns the moving average of its weights.
+def fit(network: nn.Module, compute_loss: Callable[[int], Tensor], run: Path, iters: int, lr: float) -> None:
+    """Train `network` in place, from the checkpoint in `run` on if there is one. It ends with the EMA of its weights.
 
     compute_loss(step) draws a batch of its own and returns the loss, a scalar.
     """
@@ -72,7 +71,7 @@ def fit(network: nn.Module, compute_loss: Callable[[int], Tensor], run: Path, it
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     warmup = min(500, iters // 10 + 1)
     parts = {"network": network, "ema": ema, "optimizer": optimizer}
-    start, saved = load_checkpoint(run, parts, {}), time.time()
+    start = load_checkpoint(run, parts, {})
     device = next(network.parameters()).device
     bar = trange(start, iters, initial=start, total=iters, desc=run.name, mininterval=5)
     for step in bar:
@@ -86,12 +85,10 @@ def fit(network: nn.Module, compute_loss: Callable[[int], Tensor], run: Path, it
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, network, step, 0.999)
-        if step % 100 == 0:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == iters:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-        if time.time() - saved > 120 or step + 1 == iters:
             save_checkpoint(Process(0, 1, device), run, parts, {}, step + 1)
-            saved = time.time()
-    return ema
+    network.load_state_dict(ema.state_dict())
 
 
 def pixels(images: Tensor, args: argparse.Namespace) -> Tensor:
@@ -146,7 +143,7 @@ def train_vae(images: Tensor, args: argparse.Namespace) -> tuple[VAE, dict]:
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
         return (decoded.float() - few).abs().mean() + 3e-4 * step / iters * kl.float().mean()
 
-    vae = fit(vae, compute_loss, args.work / "vae", iters, lr=2e-3)
+    fit(vae, compute_loss, args.work / "vae", iters, lr=2e-3)
     with torch.no_grad():
         deviation = vae.encode(pixels(images[:512], args))[0].std().item()
     vae.cfg.scaling_factor = round(1 / deviation, 5)
@@ -194,8 +191,7 @@ def train_clip(
         patch_loss = F.cross_entropy(patches.float().flatten(0, 1), on_patches[which].flatten().to(args.device))
         return patch_loss + 0.1 * label_loss(image, in_image[which].to(args.device))
 
-    seer = fit(seer, seeing_loss, args.work / "vision", args.iters or 4000, lr=1.5e-3)
-    clip.vision.load_state_dict(seer["vision"].state_dict())
+    fit(seer, seeing_loss, args.work / "vision", args.iters or 4000, lr=1.5e-3)
     facts = nn.Linear(clip.text.cfg.hidden_size, stated_facts("a red ring").size)
     reader = nn.ModuleDict({"clip": clip, "facts": facts}).to(args.device)
 
@@ -231,9 +227,9 @@ def train_clip(
         to_text = F.cross_entropy(torch.cat([logits, against_false], dim=1), target)
         return (to_text + F.cross_entropy(logits.T, target)) / 2 + misread
 
-    best = fit(reader, reading_loss, args.work / "text", args.iters or 4000, lr=1e-3)
-    reader.load_state_dict(best.state_dict())
-    return fit(reader, contrast, args.work / "clip", args.iters or 1500, lr=1e-3)["clip"]
+    fit(reader, reading_loss, args.work / "text", args.iters or 4000, lr=1e-3)
+    fit(reader, contrast, args.work / "clip", args.iters or 1500, lr=1e-3)
+    return clip
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -296,7 +292,7 @@ def save_clip(clip: Clip, tokenizer: Tokenizer, text_settings: dict, folder: Pat
 # ---- UNet -----------------------------------------------------------------------------------------------------------
 
 
-def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
+def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> None:
     """Predict the noise in a noisy latent (Ho et al. 2020, algorithm 1), without the caption one time in ten."""
     # The UNet sees every scene many times, so latents and texts are made once. Another VAE has another folder.
     folder = args.work / f"latents-{args.scenes}-{name_of(sd.vae)}"
@@ -311,25 +307,25 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> UNet:
     blocks = (list(number)[i : i + 1000] for i in trange(0, len(number), 1000, desc="encoding captions"))
     texts = torch.cat([sd.encode_prompt(block)[0].half() for block in blocks])
     which = torch.tensor([[number[caption] for caption in both] for both in captions]).to(args.device)
-    unet, iters = sd.unet.requires_grad_(True), args.iters or 50_000
+    iters = args.iters or 50_000
 
     def compute_loss(step: int) -> Tensor:
         # Where things go is decided while nearly all is noise. With all times and captions from the start, the UNet
         # ignores "left" for tens of thousands of updates. So the first tenth is of noisy times and detailed captions.
         first = step < iters // 10
-        pick = torch.randint(len(mean), (args.batch_size,), device=args.device)
+        pick = torch.randint(len(mean), (64,), device=args.device)
         z = sd.vae.cfg.scaling_factor * (mean[pick] + deviation[pick] * torch.randn_like(mean[pick]))
         t = torch.randint(400 if first else 0, 1000, (len(z),), device=args.device)
         noise, a = torch.randn_like(z), sd.alphas_cumprod[t]
         caption = which[pick, torch.randint(1 if first else 0, 2, (len(z),), device=args.device)]
         uncond = torch.rand(len(z), device=args.device) < 0.1
         text = texts[caption.masked_fill(uncond, number[""])].float()
-        predicted = unet(reflow.add_noise(z, noise, a), t, text)
+        predicted = sd.unet(reflow.add_noise(z, noise, a), t, text)
         # Weighted as an error of the velocity (Salimans & Ho 2022, "SNR + 1"): a plain error of the noise hardly counts
         # at the noisy times.
         return ((predicted.float() - noise).square() / reflow.append_dims(a, z)).mean()
 
-    return fit(unet, compute_loss, args.work / "unet", iters, lr=1e-3)
+    fit(sd.unet, compute_loss, args.work / "unet", iters, lr=1e-3)
 
 
 # ---- All of it ------------------------------------------------------------------------------------------------------
@@ -347,7 +343,7 @@ def train(args: argparse.Namespace) -> None:
     ids = {"vocab_size": end + 1, "bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
     text_settings = TEXT_SETTINGS | ids
     clip = train_clip(tokenizer, text_settings, drawn, images, args)
-    save_clip(clip, tokenizer, text_settings, args.clip)
+    save_clip(clip, tokenizer, text_settings, args.out.with_name(f"{args.out.name}-clip"))
     del clip.text.text_projection  # Stable Diffusion's text encoder does without
 
     torch.manual_seed(0)
@@ -359,20 +355,18 @@ def train(args: argparse.Namespace) -> None:
     }  # fmt: skip
     networks = {"unet": unet.to(args.device), "vae": vae, "text_encoder": clip.text}
     sd = StableDiffusion(networks, [tokenizer], configs)
-    sd.networks["unet"] = train_unet(sd, args)
+    train_unet(sd, args)
     for network in sd.networks.values():
         network.requires_grad_(False).half()
     sd.save(args.out)
-    print(f"{args.out} is ready: python -m miniature.judge {args.out} --steps 32 4")
+    print(f"{args.out} is ready: python -m paper.figures score {args.out}:32 --guidance 4")
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=MINIATURE, help="model folder to write")
-    parser.add_argument("--clip", type=Path, default=CLIP, help="CLIP folder to write")
-    parser.add_argument("--work", type=Path, default=Path("out/miniature"), help="checkpoints, to go on from")
-    parser.add_argument("--iters", type=int, help="steps of each part, instead of the default; for a quick try")
-    parser.add_argument("--batch-size", type=int, default=64, help="of the UNet")
+    parser.add_argument("--out", type=Path, default=MINIATURE, help="model folder to write; the CLIP is OUT-clip")
+    parser.add_argument("--work", type=Path, default=Path("out/miniature"), help="folder of checkpoints")
+    parser.add_argument("--iters", type=int, help="updates of each part, for a quick try")
     parser.add_argument("--scenes", type=int, default=100_000, help="number of scenes that the UNet trains on")
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
     args = parser.parse_args()

@@ -12,23 +12,21 @@ for each window, a diffusion model 32. All but the first two need matplotlib. Re
 """
 
 import argparse
-import functools
 import itertools
 import json
+import math
 import operator
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 
 import fid
 import reflow
 import sample
-from evaluation.clip_score import ClipScore
-from miniature.judge import SPLITS, images_of, prompt_accuracy
-from miniature.train import CLIP
+from miniature.judge import SPLITS, prompt_accuracy, reference, set_scores, statistics
 from model import StableDiffusion
 from support import scenes
 from support.captions import read_prompts
@@ -41,7 +39,8 @@ from support.streams import draw_noise
 
 HERE = Path(__file__).parent
 PROMPTS = HERE.parent / "docs/demo_prompts.txt"
-SIZES = 0, 0.1, 0.2, 0.3  # of the noise on velocities, in their lengths
+KINDS = "direction", "magnitude"  # of noise on velocities
+SIZES = 0, 0.1, 0.2, 0.3  # of that noise, in lengths of the velocity
 FINE = 32  # steps of a trajectory that is looked at closely; of a diffusion model, DDIM steps
 LIKENESS = 2.0  # guidance scale at which images look most like drawn scenes, chosen on validation images
 NAMES = {  # the models in weights/ and, with the commands for them in paper/README.md, in out/train/
@@ -61,7 +60,6 @@ HEAD = ["model", "steps", "guidance", "NFE", "Frechet distance", "CLIP score"]
 HEAD += ["prompt accuracy, one item", "two items", "paper's FID"]
 
 
-@functools.cache
 def load(spec: str, device: torch.device) -> tuple[str, StableDiffusion, int, str]:
     """MODEL -> its folder's name, the model, the number of steps, the sampler."""
     path, _, how = spec.partition(":")
@@ -78,58 +76,28 @@ def load(spec: str, device: torch.device) -> tuple[str, StableDiffusion, int, st
 
 def score(args: argparse.Namespace) -> None:
     """A row for every model and guidance scale, unless --json has it."""
-    for spec, scale in itertools.product(args.models, args.guidance):
+    for spec in args.models:
         name, sd, steps, sampler = load(spec, args.device)
-        weights = fingerprint(sd.unet.conv_in.weight, sd.unet.conv_out.weight)
-        key = {"model": name, "weights": weights, "sampler": sampler, "steps": steps, "guidance": scale}
-        key |= {"split": args.split, "prompts": args.count, "images": args.images}
-        if not known(key, args.json):
-            keep(key | scores(sd, steps, scale, sampler, SPLITS[args.split], args.count, args.images), args.json)
+        for scale in args.guidance:
+            key = {"model": name, "weights": name_of(sd), "sampler": sampler, "steps": steps, "guidance": scale}
+            key |= {"split": args.split, "prompts": args.count, "images": args.images}
+            if not known(key, args.json):
+                row = scores(sd, steps, scale, sampler, SPLITS[args.split], args.count, args.images)
+                keep([key | row], args.json)
+
+
+def name_of(sd: StableDiffusion) -> str:
+    """Tells a UNet from another of the same folder."""
+    return fingerprint(sd.unet.conv_in.weight, sd.unet.conv_out.weight)
 
 
 def scores(
     sd: StableDiffusion, steps: int, scale: float, sampler: str, seed: int, prompts: int, images: int
 ) -> dict[str, float]:
-    """Prompt accuracy; and of `images` images of the seed's captions, the Frechet distance to its drawn scenes and the
-    CLIP score."""
+    """All scores, without the last two where there are no images; and the number of network evaluations."""
     row = {"evaluations": steps * (1 if scale == 1 else 2)}  # NFE
     row |= prompt_accuracy(sd, steps, scale, seed, prompts, sampler)
-    if images:
-        clip, drawn = reference(sd.device, seed, images)
-        captions = [scenes.caption(seed, i) for i in range(images)]
-        made = list(images_of(sd, captions, steps, scale, seed, sampler))
-        parts = [clip.similarity(made[i : i + 100], captions[i : i + 100]) for i in range(0, images, 100)]
-        row["frechet"] = round(fid.frechet_distance(*statistics(made, clip), *drawn), 3)
-        row["clip"] = round(100 * torch.cat(parts).mean().item(), 3)
-    return row
-
-
-@functools.cache
-def reference(device: torch.device, seed: int, images: int) -> tuple[ClipScore, tuple]:
-    """The miniature's own CLIP, and the mean and covariance of so many drawn scenes in its features."""
-    clip = ClipScore.load(CLIP, device)
-    return clip, statistics([scenes.sample(seed, i)[0] for i in trange(images, desc="drawing scenes")], clip)
-
-
-def statistics(images: list[np.ndarray], clip: ClipScore) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of the images' features."""
-    features = torch.cat([clip.image_features(images[i : i + 200]).cpu() for i in range(0, len(images), 200)])
-    features = features.double().numpy()
-    return features.mean(axis=0), np.cov(features, rowvar=False)
-
-
-def read_rows(file: Path) -> list[dict]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-
-
-def known(key: dict, file: Path) -> bool:
-    return any(key.items() <= row.items() for row in read_rows(file))
-
-
-def keep(row: dict, file: Path) -> None:
-    print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    rows = read_rows(file) + [row]  # read again: another command may have added some
-    write_text(file, "[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
+    return row | (set_scores(sd, steps, scale, seed, images, sampler) if images else {})
 
 
 def table(rows: list[dict], prompts: int, columns: list[str] = HEAD) -> str:
@@ -150,10 +118,6 @@ def summary(rows: list[dict], prompts: int) -> str:
     """Some of these rows, with fewer columns."""
     rows = [row for row in rows if KEY(row) in SUMMARY and "frechet" in row]
     return table(rows, prompts, [column for column in HEAD if column not in ("guidance", "CLIP score")])
-
-
-def markdown(lines: list[list]) -> str:
-    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
 
 
 # ---- Velocities and trajectories ------------------------------------------------------------------------------------
@@ -192,7 +156,7 @@ def velocities(args: argparse.Namespace) -> None:
     save(figure, args.out / "velocities.png")
 
 
-def perturbed(velocity: reflow.Network, size: float, kind: str, generator: torch.Generator) -> reflow.Network:
+def perturbed(velocity: reflow.Network, size: float, kind: str) -> reflow.Network:
     """The same field with noise of length size |v| on every velocity, on one of its two parts only:
 
     direction    v turned by the angle 2 asin(size / 2) towards a random direction; |v| stays
@@ -200,16 +164,14 @@ def perturbed(velocity: reflow.Network, size: float, kind: str, generator: torch
     """
 
     def noisy(z: Tensor, tau: Tensor) -> Tensor:
-        v = velocity(z, tau)
-        flat = v.flatten(1)
+        v = velocity(z, tau).flatten(1)
         if kind == "magnitude":
-            sign = torch.randint(0, 2, (len(flat), 1), generator=generator) * 2 - 1
-            return (flat * (1 + size * sign.to(flat))).view_as(v)
-        other = torch.randn(flat.shape, generator=generator).to(flat)
-        other -= flat * (other * flat).sum(1, keepdim=True) / flat.square().sum(1, keepdim=True)
-        other *= flat.norm(dim=1, keepdim=True) / other.norm(dim=1, keepdim=True)
-        angle = 2 * np.arcsin(size / 2)
-        return (np.cos(angle) * flat + np.sin(angle) * other).view_as(v)
+            sign = torch.randint(2, (len(v), 1)).to(v) * 2 - 1
+            return (v * (1 + size * sign)).view_as(z)
+        other = torch.randn(v.shape).to(v)
+        across = F.normalize(other - v * (other * v).sum(1, keepdim=True) / v.square().sum(1, keepdim=True))
+        angle = 2 * math.asin(size / 2)
+        return (math.cos(angle) * v + math.sin(angle) * v.norm(dim=1, keepdim=True) * across).view_as(z)
 
     return noisy
 
@@ -222,14 +184,15 @@ def noise(args: argparse.Namespace) -> None:
     captions = [scenes.caption(TEST, i) for i in range(args.images)]
     grid = reflow.sampling_grid(steps if sd.windows else FINE, sd.windows or FINE)
     figure, axes = panels(1, 1)
-    for kind in "direction", "magnitude":
+    for kind in KINDS:
         distances = []
         for size in SIZES:
-            generator, made = torch.Generator().manual_seed(0), []
+            torch.manual_seed(0)
+            made = []
             for first in trange(0, args.images, 100, desc=f"{kind}, {size:g}", leave=False):
                 few = captions[first : first + 100]
                 z = draw_noise(TEST, list(range(first, first + len(few))), (4, 8, 8)).to(sd.device)
-                field = perturbed(velocity_of(sd, few, args.guidance[0]), size, kind, generator)
+                field = perturbed(velocity_of(sd, few, args.guidance[0]), size, kind)
                 made.extend(to_pixels(sd.decode(reflow.euler(field, z, grid))))
             distances.append(fid.frechet_distance(*statistics(made, clip), *drawn))
             print(f"noise of {size:g} |v| on the {kind}: Frechet distance {distances[-1]:.2f}", flush=True)
@@ -267,21 +230,41 @@ def side(args: argparse.Namespace) -> None:
     write_png(image_grid(images, captions, len(prompts)), args.out / "side.png")
 
 
-# ---- Drawing --------------------------------------------------------------------------------------------------------
+# ---- Rows in a JSON file, tables, and panels -------------------------------------------------------------------------
 
 
-def panels(rows: int, columns: int):
-    """A figure with so many panels: the figure, and its axes (rows, columns)."""
+def read_rows(file: Path) -> list[dict]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def known(key: dict, file: Path) -> bool:
+    """Does the file hold a row with these values?"""
+    return any(key.items() <= row.items() for row in read_rows(file))
+
+
+def keep(new: list[dict], file: Path) -> None:
+    for row in new:
+        print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    rows = read_rows(file) + new  # read again: another command may have added some
+    write_text(file, "[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def markdown(lines: list[list]) -> str:
+    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
+
+
+def panels(rows: int, columns: int, width: float = 4, height: float = 3.2, **sharing):
+    """A figure of panels, each so many inches large: the figure, and its axes (rows, columns)."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         raise InputError("figures need matplotlib: pip install -r requirements-dev.txt") from None
-    return plt.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False)
+    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **sharing)
 
 
 def save(figure, file: Path) -> None:
     for axis in figure.axes:
-        if axis.lines:
+        if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(file, dpi=130)

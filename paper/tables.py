@@ -24,7 +24,7 @@ from paper import figures
 from paper.variants import nfe_of_sample
 from support.devices import choose_device
 from support.errors import InputError, Parser, one_line_errors
-from support.files import fingerprint, write_between
+from support.files import write_between
 from support.runs import start_training
 from support.scenes import TEST
 
@@ -54,7 +54,11 @@ class Method:
 
 
 EIGHT, FOUR, TWO, ONE = Stage(8), Stage(4), Stage(2), Stage(1)
-METHODS = {
+SOLVERS = {  # the teacher itself
+    "ddim": Method("the teacher, DDIM", (), {32: "10.05", 8: "", 4: "", 2: "", 1: ""}),
+    "dpm++": Method("the teacher, DPM-Solver++", (), {8: "", 4: "22.36"}),
+}
+METHODS = SOLVERS | {
     "perflow": Method("PeRFlow: 4 windows at once, plain loss", (Stage(4, 2, 0),), {4: "12.01 / 23.81"}),
     "i": Method("**ProReflow-I**: 8, then 4 windows", (EIGHT, FOUR), {4: "11.16 / 22.97"}),
     "at-once": Method("without progressive reflow", (Stage(4, 2),), {4: "23.46"}),
@@ -64,18 +68,13 @@ METHODS = {
     "one": Method("one step: 8, 4, 2, 1 windows", (EIGHT, FOUR, TWO, ONE), {1: ""}),
     "reflow": Method("reflow: 1 window at once, plain loss", (Stage(1, 4, 0),), {1: ""}),
 }
-ALPHAS = (0.0, 0.01, 0.1, 1.0, 10.0)
+ALPHAS = (0.0, 0.01, 0.1, 1.0, 10.0)  # figure 4: its methods by windows and alpha; two are in the table
 FIGURE_4 = {8: {a: f"eight-{a:g}" for a in ALPHAS}, 4: {a: f"four-{a:g}" for a in ALPHAS} | {0: "plain", 0.1: "i"}}
-RUNS = {name: Method(f"8 windows, alpha {a:g}", (Stage(8, alpha=a),), {8: ""}) for a, name in FIGURE_4[8].items()}
-RUNS |= {
-    name: Method(f"8, then 4 windows, alpha {a:g}", (Stage(8, alpha=a), Stage(4, alpha=a)), {4: ""})
-    for a, name in FIGURE_4[4].items()
-}
-RUNS |= METHODS
-SOLVERS = {  # the teacher itself
-    "ddim": Method("the teacher, DDIM", (), {32: "10.05", 8: "", 4: "", 2: "", 1: ""}),
-    "dpm++": Method("the teacher, DPM-Solver++", (), {8: "", 4: "22.36"}),
-}
+RUNS = dict(METHODS)
+for a in ALPHAS:
+    RUNS.setdefault(FIGURE_4[8][a], Method(f"8 windows, alpha {a:g}", (Stage(8, alpha=a),), {8: ""}))
+    stages = Stage(8, alpha=a), Stage(4, alpha=a)
+    RUNS.setdefault(FIGURE_4[4][a], Method(f"8, then 4 windows, alpha {a:g}", stages, {4: ""}))
 
 
 # ---- Training and scoring -------------------------------------------------------------------------------------------
@@ -105,7 +104,7 @@ def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> t
 
 def measure(folder: Path, steps: int, sampler: str, args: argparse.Namespace) -> dict:
     """A model's scores on the test split."""
-    sd = StableDiffusion.load(folder, args.device)
+    sd = StableDiffusion.load(folder, choose_device(None))
     row = figures.scores(sd, steps, figures.LIKENESS, sampler, TEST, args.prompts, args.images)
     clear = prompt_accuracy(sd, steps, CLEAR, TEST, args.prompts, sampler)
     return row | {f"{kind}, guidance {CLEAR:g}": accuracy for kind, accuracy in clear.items()}
@@ -114,22 +113,20 @@ def measure(folder: Path, steps: int, sampler: str, args: argparse.Namespace) ->
 def run(args: argparse.Namespace) -> None:
     if not (args.data / "made_of.json").exists():
         raise InputError(f"{args.data} holds no latents; make them: python -m tools.cache --out {args.data}")
-    unet = StableDiffusion.load(MINIATURE).unet
-    weights = fingerprint(unet.conv_in.weight, unet.conv_out.weight)
+    weights = figures.name_of(StableDiffusion.load(MINIATURE))
     args.out /= weights  # another teacher, other flows
-    sizes = {"teacher": weights, "prompts": args.prompts, "images": args.images}
-    for name in [name for name in args.methods if name in SOLVERS]:
-        for steps in SOLVERS[name].steps:
-            key = {"method": name, "steps": steps, **sizes}
-            if not figures.known(key, args.json):
-                figures.keep(key | measure(MINIATURE, steps, name, args), args.json)
     for cost, seed, name in itertools.product(args.cost, args.seeds, args.methods):
-        if name in RUNS:
-            folder, total = trained(RUNS[name], seed, cost, args)
-            for steps in RUNS[name].steps:
-                key = {"method": name, "steps": steps, "seed": seed, "cost of a stage": cost, **sizes}
-                if not figures.known(key, args.json):
-                    figures.keep(key | {"training": total} | measure(folder, steps, "flow", args), args.json)
+        if name in SOLVERS:
+            folder, sampler, key, total = MINIATURE, name, {"method": name}, {}
+        else:
+            folder, nfe = trained(RUNS[name], seed, cost, args)
+            sampler, key = "flow", {"method": name, "seed": seed, "cost of a stage": cost}
+            total = {"training": nfe}
+        key |= {"teacher": weights, "prompts": args.prompts, "images": args.images}
+        for steps in RUNS[name].steps:
+            if not figures.known(key | {"steps": steps}, args.json):
+                row = key | {"steps": steps} | total | measure(folder, steps, sampler, args)
+                figures.keep([row], args.json)
 
 
 # ---- The table, and the curves --------------------------------------------------------------------------------------
@@ -153,7 +150,7 @@ def spread(rows: list[dict], column: str, form: str) -> str:
 def table(rows: list[dict], cost: int) -> str:
     """The rows at one cost."""
     lines = [HEAD, ["---"] * len(HEAD)]
-    for key, method in (SOLVERS | METHODS).items():
+    for key, method in METHODS.items():
         for steps, paper in method.steps.items():
             here = [row for row in rows if (row["method"], row["steps"]) == (key, steps)]
             here = [row for row in here if row.get("cost of a stage", cost) == cost]
@@ -164,34 +161,29 @@ def table(rows: list[dict], cost: int) -> str:
     return figures.markdown(lines)
 
 
-def draw_cost(rows: list[dict], file: Path) -> None:
-    """Frechet distance over the cost of training, of seed 0: seeds differ by more than points of a curve may."""
-    figure, axes = figures.panels(1, 1)
+def draw(rows: list[dict], cost: int, file: Path) -> None:
+    """Frechet distance over the cost of training; and figure 4, over alpha, after the stages of 8 and of 4 windows. Of
+    seed 0: seeds differ by more than points of a curve may."""
+    figure, [[over_cost, over_alpha]] = figures.panels(1, 2)
+    rows = [row for row in rows if row.get("seed") == 0]
     for name in "perflow", "i":
-        at = {"method": name, "steps": 4, "seed": 0}.items()
-        points = sorted((row["training"] / 1e6, row["frechet"]) for row in rows if at <= row.items())
-        axes[0, 0].plot(*zip(*points), marker="o", label=METHODS[name].name.replace("*", ""))
-    axes[0, 0].set(xlabel="training, million NFE", ylabel="Frechet distance, 4 steps")
-    figures.save(figure, file)
-
-
-def draw_alpha(rows: list[dict], cost: int, file: Path) -> None:
-    """Figure 4: Frechet distance over alpha, after the stages of 8 and of 4 windows, of seed 0."""
-    figure, axes = figures.panels(1, 1)
+        here = [row for row in rows if (row["method"], row["steps"]) == (name, 4)]
+        points = sorted((row["training"] / 1e6, row["frechet"]) for row in here)
+        over_cost.plot(*zip(*points), marker="o", label=METHODS[name].name.replace("*", ""))
     for windows, names in FIGURE_4.items():
-        at = {"steps": windows, "cost of a stage": cost, "seed": 0}.items()
-        distances = {row["method"]: row["frechet"] for row in rows if at <= row.items()}
+        here = [row for row in rows if (row["steps"], row["cost of a stage"]) == (windows, cost)]
+        distances = {row["method"]: row["frechet"] for row in here}
         points = [(alpha, distances[name]) for alpha, name in names.items() if name in distances]
-        axes[0, 0].plot(*zip(*points), marker="o", label=f"{windows} windows, {windows} steps")
-    axes[0, 0].set_xscale("symlog", linthresh=0.01)
-    axes[0, 0].set(xlabel="alpha", ylabel="Frechet distance")
+        over_alpha.plot(*zip(*points), marker="o", label=f"{windows} windows, {windows} steps")
+    over_alpha.set_xscale("symlog", linthresh=0.01)
+    over_alpha.set(xlabel="alpha", ylabel="Frechet distance")
+    over_cost.set(xlabel="training, million NFE", ylabel="Frechet distance, 4 steps")
     figures.save(figure, file)
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = [*SOLVERS, *METHODS]
-    parser.add_argument("--methods", nargs="+", choices=[*SOLVERS, *RUNS], default=default, help="rows to measure")
+    parser.add_argument("--methods", nargs="+", choices=RUNS, default=list(METHODS), help="rows to measure")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
     parser.add_argument("--cost", type=int, nargs="+", default=[COST], help="NFE of one stage of ProReflow")
     parser.add_argument("--data", type=Path, default=Path("out/latents"), help="cached latents to train on")
@@ -199,20 +191,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=5000, help="of a Frechet distance")
     parser.add_argument("--out", type=Path, default=Path("out/tables"), help="folder of the trained flows")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where rows are kept")
-    parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there is one")
     parser.add_argument("--table", action="store_true", help="measure nothing; write the page and figures from --json")
     args = parser.parse_args()
     with one_line_errors(parser, "stopped; the same command goes on where it was"):
         if not args.table:
-            args.device = torch.device(choose_device(args.device))
             return run(args)
         rows = figures.read_rows(args.json)
         if not rows:
             raise InputError(f"{args.json} holds no rows yet; measure some first")
         rows = [row for row in rows if row["teacher"] == rows[-1]["teacher"]]  # of the teacher that was measured last
         write_between(figures.HERE / "README.md", MARKS, table(rows, max(args.cost)))
-        draw_cost(rows, figures.HERE / "figures/cost.png")
-        draw_alpha(rows, max(args.cost), figures.HERE / "figures/alpha.png")
+        draw(rows, max(args.cost), figures.HERE / "figures/training.png")
 
 
 if __name__ == "__main__":

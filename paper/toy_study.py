@@ -1,22 +1,23 @@
 """The paper's claims in the plane, with ten seeds: what `toy.md` reports.
 
-    python -m paper.toy_study     adds to paper/results/toy.json what it lacks: about 15 minutes of one core in all
+    python -m paper.toy_study     measures what results/toy.json lacks (15 minutes of one core in all), then draws
+                                  figures/toy_study.png, and figures/toy_targets.png (a minute: trains all of toy.py)
 
 A row holds the mean squared distance between the end points of a method and those of its teacher in 32 steps, from the
-same noise, for each seed. Read `toy.py` first; `toy_figures.py` draws the rows.
+same noise, for each seed. Read `toy.py` first.
 """
 
 import functools
-import json
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from torch import Tensor, nn
 
 import reflow
-from paper import toy
+from paper import figures, toy
 
-FILE = Path(__file__).parent / "results/toy.json"
+FILE = figures.HERE / "results/toy.json"
 SEEDS = 10
 EVEN, STARTS = [0, 0], [0.5, 0.25]  # [at_start, gap]: the times of the paper, and those of toy.py
 TIMES = [EVEN, [0, 0.25], [0, 0.5], [0.5, 0], STARTS, [0.75, 0.25]]
@@ -24,8 +25,11 @@ PATHS = [[4], [8, 4], [2], [8, 4, 2], [1], [8, 4, 2, 1]]  # windows: at once, an
 COSTS, ALPHAS, SIZES = [1500, 5000, 15000], [0, 0.01, 0.1, 1], [0.1, 0.2, 0.4, 0.8]
 
 
+# ---- Training and measuring -----------------------------------------------------------------------------------------
+
+
 class Smooth(toy.Net):
-    """Sees slow sinusoids only, so that it can hardly tell neighbouring times apart."""
+    """Sees slow sinusoids only, so that it can hardly tell neighboring times apart."""
 
     frequencies = torch.arange(1, 5) * torch.pi / reflow.NOISE
 
@@ -59,40 +63,29 @@ def train(run: dict, flow: toy.Flow) -> toy.Flow:
     """From the teacher through all stages of a run. They have equally many updates."""
     torch.manual_seed(1)
     updates = round(run["cost"] / sum(a // b + 3 for a, b in zip([flow[1], *run["path"]], run["path"])))
+    at_start, gap = run["times"]
     for windows in run["path"]:
-        loss_of = functools.partial(
-            toy.reflow_loss, windows=windows, teacher=flow, alpha=run["alpha"],
-            at_start=run["times"][0], gap=run["times"][1], n=128 * SEEDS,
-        )  # fmt: skip
+        settings = {"windows": windows, "teacher": flow, "alpha": run["alpha"], "at_start": at_start, "gap": gap}
+        loss_of = functools.partial(toy.reflow_loss, **settings, n=128 * SEEDS)
         flow = toy.fit(f"{run['path']}, {windows}", flow[0], loss_of, updates), windows
     return flow
 
 
-def perturbed(velocity: reflow.Network, kind: str, size: float) -> reflow.Network:
-    """Every velocity is wrong by size |v|: turned to the left or right, or too short or too long, by chance."""
-    turn = 2 * torch.tensor(size / 2).asin()  # moves the tip of v by size |v|
-
-    def noisy(z: Tensor, tau: Tensor) -> Tensor:
-        v, sign = velocity(z, tau), torch.randint(2, (len(z), 1)) * 2 - 1
-        if kind == "magnitude":
-            return v * (1 + sign * size)
-        return turn.cos() * v + sign * turn.sin() * torch.stack([-v[:, 1], v[:, 0]], dim=1)
-
-    return noisy
+def run_of(path: list[int], times: list[float], cost: int = 5000, alpha: float = 0, features="sinusoids") -> dict:
+    return {"path": path, "cost": cost, "alpha": alpha, "times": times, "features": features}
 
 
 def all_runs() -> list[dict]:
     runs = [
         {"path": [windows], "cost": 0, "features": name} for name in ("sinusoids", "smooth") for windows in (8, 4, 2, 1)
     ]
-    runs += [{"noise": kind, "size": size} for kind in ("direction", "magnitude") for size in SIZES]
-    table = [(path, cost, 0, times) for times in (EVEN, STARTS) for path in PATHS for cost in COSTS[:2]]
-    table += [(path, COSTS[2], 0, times) for times in (EVEN, STARTS) for path in PATHS[:2]]
-    table += [([4], 5000, 0, times) for times in TIMES]
-    table += [([4], 5000, alpha, times) for times in (EVEN, STARTS) for alpha in ALPHAS[1:]]
-    table += [([8, 4], 5000, 0.1, times) for times in (EVEN, STARTS)]
-    table = [(*row, "sinusoids") for row in table] + [([4], 5000, 0, times, "smooth") for times in (EVEN, STARTS)]
-    return runs + [dict(zip(("path", "cost", "alpha", "times", "features"), row)) for row in table]
+    runs += [{"noise": kind, "size": size} for kind in figures.KINDS for size in SIZES]
+    for times in EVEN, STARTS:
+        runs += [run_of(path, times, cost) for path in PATHS for cost in COSTS[:2]]
+        runs += [run_of(path, times, COSTS[2]) for path in PATHS[:2]]
+        runs += [run_of([4], times, alpha=alpha) for alpha in ALPHAS[1:]]
+        runs += [run_of([8, 4], times, alpha=0.1), run_of([4], times, features="smooth")]
+    return runs + [run_of([4], times) for times in TIMES]
 
 
 def measure(run: dict, teacher: toy.Flow, n: int) -> list[dict]:
@@ -101,7 +94,8 @@ def measure(run: dict, teacher: toy.Flow, n: int) -> list[dict]:
     goal = toy.trajectory(*teacher, 32, noise)[1][-1]
     if "noise" in run:
         torch.manual_seed(3)
-        velocity = perturbed(reflow.as_velocity(teacher[0], toy.ALPHAS_CUMPROD, 32), run["noise"], run["size"])
+        velocity = reflow.as_velocity(teacher[0], toy.ALPHAS_CUMPROD, 32)
+        velocity = figures.perturbed(velocity, run["size"], run["noise"])
         with torch.no_grad():
             ends = {32: reflow.euler(velocity, noise, reflow.sampling_grid(32, 32))}
     else:
@@ -113,15 +107,79 @@ def measure(run: dict, teacher: toy.Flow, n: int) -> list[dict]:
 
 def study(file: Path, runs: list[dict], teacher_updates: int = 3000, n: int = 1000) -> None:
     """Add the rows that the file lacks, run by run: this can be stopped at any time, and started again."""
-    rows = json.loads(file.read_text()) if file.exists() else []
     for run in runs:
-        if not any(run.items() <= row.items() for row in rows):
-            rows += measure(run, train_teacher(run.get("features", "sinusoids"), teacher_updates), n)
-            file.write_text("[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
+        if not figures.known(run, file):
+            figures.keep(measure(run, train_teacher(run.get("features", "sinusoids"), teacher_updates), n), file)
+
+
+# ---- Figures --------------------------------------------------------------------------------------------------------
+
+
+def draw_study(rows: list[dict], file: Path) -> None:
+    """A panel for each question: means over seeds, with their standard errors."""
+    figure, [axes] = figures.panels(1, 4, height=4, sharey=True)
+
+    def plot(axis, wanted: dict, name: str, xs: list, label: str, style: str) -> None:
+        """The distances of the rows that say what is wanted, over the setting of that name."""
+        found = [row for x in xs for row in rows if (wanted | {name: x}).items() <= row.items()]
+        means = [mean(row["distance"]) for row in found]
+        errors = [stdev(row["distance"]) / SEEDS**0.5 for row in found]
+        axis.errorbar([row[name] for row in found], means, errors, fmt=style, label=label, markersize=4)
+
+    for axis, times, how in zip(axes, (EVEN, STARTS), ("even", "mostly at starts")):
+        axis.set(title=f"In stages or at once:\ntimes {how}", xlabel="NFE of training, per sample", xscale="log")
+        for i, path in enumerate(PATHS):
+            line, label = ("-", "in stages") if len(path) > 1 else ("--", "at once")
+            wanted = {"path": path, "steps": path[-1], "times": times, "alpha": 0, "features": "sinusoids"}
+            plot(axis, wanted, "cost", COSTS, f"windows: {path[-1]}, {label}", f"C{i // 2}o{line}")
+            if path[-1] == 4:
+                color = "C0" if times == EVEN else "C3"
+                wanted = run_of(path, times) | {"steps": 4}
+                plot(axes[2], wanted, "alpha", ALPHAS, f"{label}, times {how}", f"{color}o{line}")
+    axes[2].set(title="Weight of the direction\n(4 windows, 5,000 NFE)", xlabel="alpha")
+    axes[2].set_xscale("symlog", linthresh=0.01)
+    axes[3].set(title="Noise on the velocities\nof the teacher", xlabel="noise / |v|", xscale="log")
+    for kind in figures.KINDS:
+        plot(axes[3], {"noise": kind}, "size", SIZES, f"on the {kind}", "o-")
+    for axis, ticks in zip(axes, (COSTS, COSTS, ALPHAS, SIZES)):
+        axis.set_xticks(ticks, ticks)
+        axis.minorticks_off()
+    axes[0].set(ylabel="squared distance from the teacher's end points", yscale="log")
+    figures.save(figure, file)
+
+
+def draw_targets(flows: dict[str, toy.Flow], file: Path) -> None:
+    """Figure 2: the straight lines that a method trains on, and where its flow takes noise. One of two coordinates."""
+    columns = ["one-window reflow", "PeRFlow", "8 windows", "ProReflow-I", "ProReflow-II", "one step"]
+    figure, axes = figures.panels(2, len(columns), 2.5, 2.5, sharex=True, sharey=True)
+    z_0, noise = toy.draw_data(12), torch.randn(12, 2)
+    for (above, below), name in zip(axes.T, columns):
+        net, windows = flows[name]
+        teacher, teacher_windows = flows[toy.METHODS[name][1]]
+        velocity = reflow.as_velocity(teacher, toy.ALPHAS_CUMPROD, teacher_windows)
+        for start in reflow.boundaries(windows)[:-1]:
+            z_s = reflow.add_noise(z_0, noise, reflow.alpha_bar(toy.ALPHAS_CUMPROD, torch.full((12,), start)))
+            grid = reflow.solver_grid(torch.tensor([start]), windows, teacher_windows // windows)[:, 0]
+            with torch.no_grad():
+                path = torch.stack([reflow.euler(velocity, z_s, grid[: i + 1]) for i in range(len(grid))])
+            above.plot(grid, path[..., 0], color="0.65", linewidth=1)
+            above.plot(grid[[0, -1]], path[[0, -1], :, 0], color="C3", linewidth=1)
+            above.axvline(grid[-1], color="0.9", linewidth=1, zorder=0)
+        for flow, steps, color in (flows["teacher"], 32, "0.65"), (flows[name], windows, "C0"):
+            grid, points = toy.trajectory(*flow, steps, noise)
+            below.plot(grid, points[..., 0], color=color, linewidth=1)
+        above.set_title(f"{name}\n(taught by {toy.METHODS[name][1]})", fontsize=10)
+        below.set(xlabel="tau: noise to data", xlim=(reflow.NOISE, 0))
+    axes[0, 0].set_ylabel("trained on (red)\nits teacher (gray)")
+    axes[1, 0].set_ylabel("sampling (blue)\n32-step DDIM (gray)")
+    figures.save(figure, file)
 
 
 def main() -> None:
     study(FILE, all_runs())
+    draw_study(figures.read_rows(FILE), figures.HERE / "figures/toy_study.png")
+    torch.manual_seed(0)
+    draw_targets(toy.train_all(), figures.HERE / "figures/toy_targets.png")
 
 
 if __name__ == "__main__":

@@ -1,47 +1,31 @@
 """What is measured: the right work on both sides, and ratios that are what they are called."""
 
-import argparse
-
 import pytest
 import torch
 
 from support import layouts
 from tools import bench
 
-ARGS = argparse.Namespace(device="cpu", runs=3)
-
 
 def test_a_ratio_is_of_medians_and_its_spread_of_single_runs(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-    took = {"ours": iter([100, 1, 2, 6]), "peer": iter([100, 4, 4, 8])}  # the first warms up, and does not count
-
-    def side(name):
-        def call():
-            clock[0] += next(took[name])
-
-        return call
-
-    row = bench.compare("work", {"ours": side("ours"), "peer": side("peer")}, ARGS)
+    monkeypatch.setattr(bench, "RUNS", 3)
+    ticks = [0, 0, 0, 1, 0, 4, 0, 2, 0, 4, 0, 6, 0, 8]  # starts and ends, in turns; first both sides warm up
+    monkeypatch.setattr(bench.time, "perf_counter", iter(ticks).__next__)
+    row = bench.compare("work", "peer", lambda: None, lambda: None, "cpu")
     assert (row["ours"], row["theirs"], row["ratio"], row["spread"]) == (2, 4, 0.5, [0.25, 0.75])
 
 
 @pytest.fixture
 def results(monkeypatch):
     """Of each comparison, what both sides return."""
-    monkeypatch.setattr(bench, "compare", lambda what, sides, args: [call() for call in sides.values()])
+    monkeypatch.setattr(bench, "compare", lambda what, peer, ours, theirs, device: (ours(), theirs()))
 
 
 @pytest.mark.slow
 def test_a_merging_stage_asks_its_teacher_twice_and_perflow_eight_times(monkeypatch, results):
     asked, solve = [], bench.train.solve
-
-    def counted(teacher, epsilon, z, grid):
-        asked.append(len(grid) - 1)
-        return solve(teacher, epsilon, z, grid)
-
-    monkeypatch.setattr(bench.train, "solve", counted)
-    bench.bench_step(ARGS)
+    monkeypatch.setattr(bench.train, "solve", lambda *given: asked.append(len(given[3]) - 1) or solve(*given))
+    bench.bench_step("cpu")
     assert asked == [2, 8]
 
 
@@ -58,7 +42,7 @@ SMALL = layouts.SD15 | {part: layouts.SD15[part] | changes for part, changes in 
 def test_both_sides_do_the_same(monkeypatch, results):
     monkeypatch.setattr(bench.layouts, "SD15", SMALL)
     monkeypatch.setattr(bench, "FAMILIES", {"SD1.5": (SMALL, 16)})
-    for ours, theirs in bench.bench_networks(ARGS):
+    for ours, [theirs] in bench.bench_networks("cpu"):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)  # bfloat16
-    [(ours, theirs)] = bench.bench_pipeline(ARGS)
+    [(ours, theirs)] = bench.bench_pipeline("cpu")
     assert ours.shape == theirs.images.shape == (1, 128, 128, 3)

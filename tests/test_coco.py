@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from pathlib import Path
 
 import helpers
 import numpy as np
@@ -17,12 +16,12 @@ from evaluation import clip_score, coco
 
 @pytest.fixture(scope="module")
 def annotations(tmp_path_factory):
-    """As COCO's: several captions of each image, not in order, with line breaks. One image is missing."""
+    """As COCO's: several captions of each image, not in order, with line breaks."""
     folder = tmp_path_factory.mktemp("coco")
     (folder / "val2017").mkdir()
     rng = np.random.default_rng(0)
     images, captions = [], []
-    for k, number in enumerate((139, 42, 724, 285, 5)):
+    for k, number in enumerate((139, 42, 724, 285)):
         name = f"{number:012d}.jpg"
         pixels = rng.integers(0, 256, (6, 8, 3), np.uint8)
         Image.fromarray(pixels).resize((640, 427) if k % 2 else (480, 640)).save(folder / "val2017" / name)
@@ -30,7 +29,6 @@ def annotations(tmp_path_factory):
         for i in (1, 0, 2):
             said = f"caption {i} of\n image {number} " if i else f"a red circle and a {number}"
             captions.append({"id": 10 * (5 - k) + i, "image_id": number, "caption": said})
-    (folder / "val2017/000000000005.jpg").unlink()
     file = folder / "captions_val2017.json"
     file.write_text(json.dumps({"images": images, "annotations": captions}))
     return file
@@ -41,17 +39,16 @@ def prompts_of(protocol, annotations, out):
     return (out / "prompts.txt").read_text().splitlines(), sorted(file.name for file in (out / "reference").iterdir())
 
 
-def test_5k_is_the_caption_of_every_image_that_comes_first_in_the_file(annotations, tmp_path, capsys):
+def test_5k_is_the_caption_of_every_image_that_comes_first_in_the_file(annotations, tmp_path):
     prompts, reference = prompts_of("coco2017-5k", annotations, tmp_path)
     assert prompts == [f"caption 1 of image {number}" for number in (139, 42, 724, 285)]
     assert reference == [f"{number:012d}.jpg" for number in (42, 139, 285, 724)]
     assert (tmp_path / "reference" / reference[0]).is_symlink()
-    assert "val2017: 1 of 5 images are missing (000000000005.jpg)" in capsys.readouterr().err
 
 
 def test_30k_are_any_captions_once_each_against_all_images(annotations, tmp_path, monkeypatch):
     every, _ = prompts_of("coco2014-30k", annotations, tmp_path / "all")
-    assert len(set(every)) == 12 and not any(prompt.endswith(" 5") for prompt in every)
+    assert len(set(every)) == 12
     monkeypatch.setattr(coco.CHOICES["coco2014-30k"], "count", 3)
     prompts, reference = prompts_of("coco2014-30k", annotations, tmp_path / "some")
     assert prompts == every[:3] and len(reference) == 4
@@ -73,23 +70,13 @@ def test_10k_is_dmd2s_draw(tmp_path, monkeypatch):
     assert reference == sorted(f"{prompt[-1]}.jpg" for prompt in prompts)
 
 
-def test_where_links_are_refused_images_are_copied(annotations, tmp_path, monkeypatch):
-    def refuse(self, *args):
-        raise PermissionError(1, "Operation not permitted", str(self))
-
-    monkeypatch.setattr(Path, "symlink_to", refuse)
-    _, reference = prompts_of("coco2017-5k", annotations, tmp_path)
-    file = tmp_path / "reference" / reference[0]
-    assert not file.is_symlink() and file.read_bytes() == (annotations.parent / "val2017" / file.name).read_bytes()
-
-
 def test_bad_input_is_refused_in_one_line(annotations, tmp_path):
     content = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 2, "caption": "a"}]}
     (tmp_path / "bad.json").write_text(json.dumps(content))
     message = refusal(coco.prepare, "coco2017-5k", tmp_path / "bad.json", tmp_path, tmp_path)
     assert "holds no captions of its images" in message
     message = refusal(coco.prepare, "coco2017-5k", annotations, tmp_path, tmp_path / "out")
-    assert "5 of 5 images are missing (0" in message and not (tmp_path / "out").exists()
+    assert "4 of 4 images are missing (0" in message and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -106,22 +93,13 @@ def test_two_processes_go_from_cocos_files_to_the_numbers_of_one(annotations, in
     run(sample, "--model", ROOT / "weights/miniature", "--prompts", prompts, *how, "--out", ours)
     damaged = ours / "00000.png"  # its prompt can still be read
     damaged.write_bytes(damaged.read_bytes()[:-1000])
-    for module, arguments, *expected in (
-        (
-            fid,
-            [reference, ours, "--protocol", "coco2017-5k", "--weights", inception_file],
-            "FID ",
-            ": mode legacy, network FID Inception ",
-            f"reference 4 of {reference}, generated 3 of {ours} (steps 2, guidance 3.0, seed 5)",
-        ),
-        (clip_score, [ours, "--clip", ROOT / "weights/miniature-clip"], "CLIP score ", " over 3 images, by miniature"),
-    ):
+    to_fid = [reference, ours, "--protocol", "coco2017-5k", "--weights", inception_file]
+    for module, arguments in (fid, to_fid), (clip_score, [ours, "--clip", ROOT / "weights/miniature-clip"]):
         line, notices = run(module, *arguments)
-        assert all(part in line for part in expected) and line.count("\n") == 1
         assert notices.count("00000.png is left out: ") == notices.count("1 of 4 images cannot be used") == 1
         capsys.readouterr()
         assert exit_code(module, *arguments, "--device", "cpu") == 0
         alone = capsys.readouterr().out
-        assert line.split(": ")[1:] == alone.split(": ")[1:]
+        assert line.split(": ")[1:] == alone.split(": ")[1:] and ("generated 3 of" in line or "3 images" in line)
         numbers = [float(text.split(": ")[0].split()[-1]) for text in (line, alone)]
         assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)

@@ -1,25 +1,13 @@
 """The toy in the plane: the method, its study and its figures, each with few updates."""
 
 import functools
-import json
 
 import pytest
 import torch
 from PIL import Image
 
 import reflow
-from paper import toy, toy_study
-
-
-@pytest.mark.parametrize("windows", [32, 4, 1])
-def test_a_fresh_student_takes_the_ddim_steps_of_its_teacher(windows):
-    torch.manual_seed(0)
-    net, noise = toy.Net(), torch.randn(6, 2)
-    grid, points = toy.trajectory(net, windows, windows, noise)
-    with torch.no_grad():
-        expected = reflow.ddim(net, noise, toy.ALPHAS_CUMPROD, torch.tensor(reflow.boundaries(windows)))
-    assert grid.tolist() == reflow.boundaries(windows) and torch.equal(points[0], noise)
-    torch.testing.assert_close(points[-1], expected, rtol=1e-4, atol=1e-4)
+from paper import figures, toy, toy_study
 
 
 def test_reflow_brings_four_steps_closer_to_the_teachers_thirty_two():
@@ -68,39 +56,25 @@ def test_networks_side_by_side_answer_and_learn_like_each_alone():
             torch.testing.assert_close(stacked.grad[i], parameter.grad)
 
 
-def test_noise_on_direction_and_on_magnitude_moves_velocities_equally_far():
-    v = torch.randn(50, 2)
-    turned, scaled = (toy_study.perturbed(lambda z, tau: v, kind, 0.4)(v, None) for kind in ("direction", "magnitude"))
-    for noisy in turned, scaled:
-        torch.testing.assert_close((noisy - v).norm(dim=1), 0.4 * v.norm(dim=1))
-    torch.testing.assert_close(turned.norm(dim=1), v.norm(dim=1))
-    torch.testing.assert_close(torch.nn.functional.cosine_similarity(scaled, v), torch.ones(50))
-
-
 def test_a_study_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
-    file = tmp_path / "rows.json"
-    small = [run | ({"cost": 24} if run.get("cost") else {}) for run in toy_study.all_runs()]
-    small = [small[0], small[8], next(run for run in small if run.get("path") == [8, 4, 2] and run["cost"])]
+    file, runs = tmp_path / "rows.json", toy_study.all_runs()
+    small = [runs[0], runs[8], toy_study.run_of([8, 4, 2], toy_study.STARTS, cost=24)]
     toy_study.study(file, small[:1], teacher_updates=2, n=3)
-    first = json.loads(file.read_text())
+    first = figures.read_rows(file)
     toy_study.study(file, small, teacher_updates=2, n=3)
-    rows = json.loads(file.read_text())
+    rows = figures.read_rows(file)
     assert rows[: len(first)] == first
-    assert [(row.get("path"), row["steps"]) for row in rows] == [([8], 8), (None, 32)] + [
-        ([8, 4, 2], m) for m in (2, 4, 8)
-    ]
+    steps = [(row.get("path"), row["steps"]) for row in rows]
+    assert steps == [([8], 8), (None, 32), ([8, 4, 2], 2), ([8, 4, 2], 4), ([8, 4, 2], 8)]
     assert all(len(set(row["distance"])) == toy_study.SEEDS for row in rows)
     monkeypatch.setattr(toy_study, "measure", None)
     toy_study.study(file, small, teacher_updates=2, n=3)
-    assert json.loads(file.read_text()) == rows
 
 
-def test_the_kept_rows_are_those_of_the_study_and_draw_its_figure(tmp_path):
-    pytest.importorskip("matplotlib").use("agg")
-    from paper import toy_figures
-
-    rows = json.loads(toy_study.FILE.read_text())
+def test_the_kept_rows_are_those_of_the_study_and_draw_its_figures(tmp_path):
+    rows = figures.read_rows(toy_study.FILE)
     assert all(any(run.items() <= row.items() for row in rows) for run in toy_study.all_runs())
-    toy_figures.figure(rows, tmp_path)
-    toy_figures.targets({name: (toy.Net(), k) for name, k in {"teacher": 32, **dict(toy.PANELS[2:])}.items()}, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"toy_study.png", "toy_targets.png"}
+    toy_study.draw_study(rows, tmp_path / "study.png")
+    flows = {name: (toy.Net(), windows) for name, windows in [("teacher", 32), *toy.PANELS[2:]]}
+    toy_study.draw_targets(flows, tmp_path / "targets.png")
+    assert {file.name for file in tmp_path.iterdir()} == {"study.png", "targets.png"}
