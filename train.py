@@ -162,7 +162,9 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[Stabl
     teacher = StableDiffusion.load(args.base, device, low)
     # Weights are views of the mapped file until they are used: of these, just one part each takes memory.
     exact = StableDiffusion.load(args.base, "cpu", None)
-    teacher.vae = exact.vae.to(device, torch.float32)  # its rounding errors would be in every target
+    teacher.vae = teacher.networks["vae"] = exact.vae.to(
+        device, torch.float32
+    )  # its rounding errors would be in every target
     if args.lora:
         return teacher, add_lora(teacher, args)
     student = exact if args.student == args.teacher else StableDiffusion.load(args.student, "cpu", None)
@@ -195,7 +197,7 @@ def begin(args: argparse.Namespace, process: Process) -> tuple:
     optimizer = process.sharded(AdamW)(student.parameters(), lr=args.lr, **adam)
     parts = {"student": student, "ema": ema, "optimizer": optimizer}
     settings = runs.settings_of(args, samples.source, args.batch_size * args.grad_accum_steps * process.world)
-    return teacher, parts, samples, settings, runs.load_checkpoint(args.run, parts, settings)
+    return teacher, parts, samples, settings, runs.load_checkpoint(args.run, parts, settings, args.iters)
 
 
 def dry_run(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ https://cocodataset.org/#download. The others need not know of COCO.
 """
 
 import argparse
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -162,7 +162,7 @@ def newest(run: Path) -> Path | str:
     return checkpoints(run)[-1] if checkpoints(run) else "none was written yet"
 
 
-def load_checkpoint(run: Path, parts: dict[str, object], settings: dict) -> int:
+def load_checkpoint(run: Path, parts: dict[str, object], settings: dict, iters: int) -> int:
     """Take up the newest checkpoint; returns its step, 0 where there is none."""
     *older, file = [None, *checkpoints(run)]
     if file is None:
@@ -180,6 +180,8 @@ def load_checkpoint(run: Path, parts: dict[str, object], settings: dict) -> int:
     for name, value in settings.items():
         if (before := state["settings"].get(name)) != value:
             raise InputError(f"{file} was made with {name} {before}, not {value}; --resume keeps settings")
+    if state["step"] > iters:
+        raise InputError(f"{file} is already past --iters {iters}; give at least {state['step']}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"]

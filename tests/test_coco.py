@@ -1,6 +1,7 @@
 """The protocols on COCO, from its own files to one line with a number, on a made-up COCO of a few images."""
 
 import json
+import os
 import subprocess
 
 import helpers
@@ -44,6 +45,15 @@ def test_5k_is_the_caption_of_every_image_that_comes_first_in_the_file(annotatio
     assert prompts == [f"caption 1 of image {number}" for number in (139, 42, 724, 285)]
     assert reference == [f"{number:012d}.jpg" for number in (42, 139, 285, 724)]
     assert (tmp_path / "reference" / reference[0]).is_symlink()
+
+
+def test_images_are_copied_where_a_disk_has_no_links(annotations, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    _, (first, *_) = prompts_of("coco2017-5k", annotations, tmp_path)
+    assert (tmp_path / "reference" / first).is_file() and not (tmp_path / "reference" / first).is_symlink()
 
 
 def test_30k_are_any_captions_once_each_against_all_images(annotations, tmp_path, monkeypatch):

@@ -325,7 +325,8 @@ def test_two_checkpoints_are_kept(tmp_path):
         runs.save_checkpoint(ALONE, tmp_path, parts(), {}, step)
         runs.save_checkpoint(devices.Process(1, 2, torch.device("cpu")), tmp_path, parts(), {}, 12)
     assert [path.name for path in runs.checkpoints(tmp_path)] == ["step-0000010.pt", "step-0000011.pt"]
-    assert runs.load_checkpoint(tmp_path, parts(), {}) == 11
+    assert runs.load_checkpoint(tmp_path, parts(), {}, 20) == 11
+    assert "is already past --iters 10; give at least 11" in refusal(runs.load_checkpoint, tmp_path, parts(), {}, 10)
 
 
 @pytest.mark.parametrize("damage", ["empty", "zeros", "cut short", "one bit of a weight"])
@@ -339,10 +340,10 @@ def test_damage_is_noticed_and_the_way_on_is_named(tmp_path, damage):
     flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
     contents = {"empty": b"", "zeros": bytes(len(whole)), "cut short": whole[:-1], "one bit of a weight": flipped}
     file.write_bytes(contents[damage])
-    message = refusal(runs.load_checkpoint, tmp_path, parts(), {})
+    message = refusal(runs.load_checkpoint, tmp_path, parts(), {}, 20)
     assert message.startswith(f"{file} is damaged (") and message.endswith("remove it to go on from step-0000001.pt")
     (tmp_path / "step-0000001.pt").unlink()
-    assert refusal(runs.load_checkpoint, tmp_path, parts(), {}).endswith("remove it to start anew")
+    assert refusal(runs.load_checkpoint, tmp_path, parts(), {}, 20).endswith("remove it to start anew")
 
 
 def test_a_full_disk_costs_the_older_checkpoint_and_then_ends_the_run(tmp_path, monkeypatch):
@@ -358,7 +359,7 @@ def test_a_full_disk_costs_the_older_checkpoint_and_then_ends_the_run(tmp_path, 
     assert message.endswith(f"Last good: {tmp_path}/step-0000002.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000002.pt"]
     runs.save_checkpoint(ALONE, tmp_path, parts(), {}, 3)
-    assert runs.load_checkpoint(tmp_path, parts(), {}) == 3
+    assert runs.load_checkpoint(tmp_path, parts(), {}, 20) == 3
 
 
 # ---- 7. the teacher's folder; 8. readers; 9. numbers ----
