@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
-from torch.utils.checkpoint import checkpoint
 
 import data
 import reflow
@@ -34,13 +33,13 @@ from loss import decomposed_velocity_loss
 from model import MINIATURE, StableDiffusion, flow_scheduler, is_perflow, save_flow
 from support import lora, lora_files, memory, runs
 from support.captions import read_prompts
-from support.devices import Process, rank_and_world
+from support.devices import Process
 from support.errors import InputError, Parser, at_least_0, count, one_line_errors, positive, positive_int, seed
 from support.files import read_json
 from support.images import image_grid, to_pixels, write_png
 from support.loader import Stop
 from support.streams import draw_noise
-from unet import ResnetBlock, Transformer, UNet
+from unet import RECOMPUTED, UNet, checkpoint_activations
 
 # Stage -> number of windows. Stage k is taught by stage k-1's student, stage 1 by the diffusion model.
 STAGES = {1: 8, 2: 4, 3: 2, 4: 1}
@@ -48,12 +47,11 @@ TEACHER_STEPS = 32  # of DDIM over all of time, where the teacher is a diffusion
 PROMPTS = Path(__file__).parent / "docs/demo_prompts.txt"  # of the sample sheets
 
 # Settings by the width of the model's text. SD1.5 and SDXL: as PeRFlow published them, not run here at full scale.
-# The miniature: chosen on validation data (paper/README.md). starts and cooldown are not the paper's, and off for both.
-# starts: the share of times moved to the start of their window, where sampling in one step a window asks the network.
-# At a boundary it has two conflicting targets, the jump through this window and that through the window before; it is
-# smooth in time and learns the mean of both. With most times at the starts it tells them apart.
-# cooldown: the share of updates, at the end, in which the learning rate falls to zero.
-# Batches fit one GPU of 24 GB (SD1.5, 512 pixels) and 80 GB (SDXL, 1024): python -m tools.memory
+# The miniature: chosen on validation data (paper/README.md). starts, gap and cooldown are not in the paper.
+# starts: share of times moved to the start of their window, where sampling in one step a window asks the network. At a
+# boundary it gets two conflicting targets, of the windows on both sides, and learns their mean. gap: share of each
+# window, at its end, without times. cooldown: share of updates, at the end, in which the learning rate falls to zero.
+# Batches fit one GPU of 24 GB (SD1.5, 512 pixels) and 80 GB (SDXL, 1024): --dry-run
 PUBLISHED = {
     "iters": 10_000, "warmup": 500, "cooldown": 0.0, "ema": 0.9999, "starts": 0.0, "gap": 0.0,
     "gradient_checkpointing": True,
@@ -127,13 +125,6 @@ def update_ema(ema: UNet, student: UNet, step: int, decay: float) -> None:
     torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - decay)
 
 
-def checkpoint_activations(unet: UNet) -> None:
-    """Gradient checkpointing: keep only the inputs of each block, and compute the rest again in the backward pass."""
-    for module in unet.modules():
-        if isinstance(module, ResnetBlock | Transformer):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
-
-
 # ---- A run ----------------------------------------------------------------------------------------------------------
 
 
@@ -162,9 +153,8 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[Stabl
     teacher = StableDiffusion.load(args.base, device, low)
     # Weights are views of the mapped file until they are used: of these, just one part each takes memory.
     exact = StableDiffusion.load(args.base, "cpu", None)
-    teacher.vae = teacher.networks["vae"] = exact.vae.to(
-        device, torch.float32
-    )  # its rounding errors would be in every target
+    # The VAE is exact: its rounding errors would be in every target.
+    teacher.vae = teacher.networks["vae"] = exact.vae.to(device, torch.float32)
     if args.lora:
         return teacher, add_lora(teacher, args)
     student = exact if args.student == args.teacher else StableDiffusion.load(args.student, "cpu", None)
@@ -205,11 +195,7 @@ def dry_run(args: argparse.Namespace) -> None:
     settle(args)
     teacher, _ = load_networks(args, torch.device("meta"))
     args.solver_steps = solver_steps(teacher, args.windows, args.solver_steps)
-    shape, (rank, world) = data.open_samples(args, teacher).shape, rank_and_world()
-    low = torch.float32 if args.device == "cpu" else torch.bfloat16
-    counted = memory.count(teacher.networks, shape, args, world, (ResnetBlock, Transformer), low)
-    if rank == 0:
-        print(memory.report(*counted, args.iters, args.dry_run))
+    memory.dry_run(args, teacher.networks, data.open_samples(args, teacher).shape, RECOMPUTED)
 
 
 @torch.no_grad()
@@ -299,18 +285,20 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
 
 def arguments() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    paper = parser.add_argument_group("the paper's")
+    paper = parser.add_argument_group("the method")
     paper.add_argument("--stage", type=int, choices=STAGES, help="8, 4, 2 or 1 windows, taught by the stage before")
-    paper.add_argument("--model", type=Path, help="stage 1: the diffusion model's folder; default: the miniature")
+    paper.add_argument("--model", type=Path, help="folder of the diffusion model; default: the miniature")
     paper.add_argument("--teacher", type=Path, help="whose trajectories are learned; default: the stage before")
     paper.add_argument("--data", type=Path, help="latents, captioned images or 'DIR/*.tar'; default: drawn scenes")
     paper.add_argument("--out", type=Path, default=Path("out/train"), help="folder of all stages")
     paper.add_argument("--alpha", type=at_least_0, default=0.1, help="weight of the direction term; 0: squared error")
-    paper.add_argument("--iters", type=positive_int, help="updates; default: by model, as the next two")
+    paper.add_argument(
+        "--iters", type=positive_int, help="number of updates; its default depends on the model, as for the next two"
+    )
     paper.add_argument("--batch-size", type=positive_int, help="samples per process and forward pass")
     paper.add_argument("--lr", type=positive, help="learning rate, after the warm-up")
     paper.add_argument("--seed", type=seed, default=0, help="of data order, noise and times")
-    machine = parser.add_argument_group("the machine's")
+    machine = parser.add_argument_group("the machine")
     machine.add_argument("--accumulate", dest="grad_accum_steps", type=positive_int, help="forward passes per update")
     machine.add_argument("--workers", type=count, default=0, help="processes that read data")
     machine.add_argument("--save-every", type=positive_int, default=500, help="updates between checkpoints")
@@ -321,8 +309,8 @@ def arguments() -> Parser:
     machine.add_argument("--compile", action="store_true", help="torch.compile both networks: slow start, then faster")
     machine.add_argument("--device", help="cpu, cuda, ...; default: this process's GPU if there is one")
     rate = {"nargs": "?", "const": 400.0, "type": positive, "metavar": "TFLOPS"}
-    machine.add_argument("--dry-run", **rate, help="only print memory, and time at so many TFLOP/s (400 if left out)")
-    ours = parser.add_argument_group("not the paper's (more: python -m paper.variants)")
+    machine.add_argument("--dry-run", **rate, help="only print memory, and time at this speed (default: 400)")
+    ours = parser.add_argument_group("not in the paper (more: python -m paper.variants)")
     ours.add_argument("--lora", type=positive_int, help="train only a low-rank update of this rank: less memory")
     # Set by paper/variants.py alone, or by DEFAULTS.
     variants = "name windows student solver_steps warmup ema starts gap cooldown".split()

@@ -8,12 +8,14 @@ Shapes: B batch, C channels, H W latent height and width (1/8 of the image's), L
 Read `clip_text.py` before this file, `vae.py` after it; the forward pass at the end of this file is the summary.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -310,3 +312,13 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             x = block(x, emb, context, skips)
         return self.conv_out(silu(self.conv_norm_out(x)))
+
+
+RECOMPUTED = ResnetBlock, Transformer
+
+
+def checkpoint_activations(unet: nn.Module) -> None:
+    """Gradient checkpointing: keep only the inputs of each block, and compute the rest again in the backward pass."""
+    for module in unet.modules():
+        if isinstance(module, RECOMPUTED):
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)

@@ -58,7 +58,7 @@ def nfe_of_sample(steps: int, guidance: float = 1.0, own_starts: float = 0.0, wi
 def main() -> None:
     parser = train.arguments()
     parser.description = __doc__
-    ours = parser.add_argument_group("not the paper's, either")
+    ours = parser.add_argument_group("not in the paper, either")
     ours.add_argument("--name", help="name of the result in --out; default: stage-K or windows-K")
     ours.add_argument("--windows", type=positive_int, help="a stage of this number of windows; needs --teacher")
     ours.add_argument("--student", type=Path, help="the student starts from this model's weights, not the teacher's")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from support import lora
+from support.devices import rank_and_world
 from support.weights import build
 
 GIB, TERA = 2**30, 10**12
@@ -111,11 +112,17 @@ def bytes_saved(network: nn.Module, given: tuple[Tensor, ...], blocks: tuple[typ
     return total() - sum(sizes) + sum(entered) + max(sizes) if recompute else total()
 
 
-def report(parts: dict[str, int], flop: float, iters: int, teraflops: float) -> str:
-    """Lines to print: GiB by what they are for, and time at this many TFLOP/s."""
-    lines = [f"{size / GIB:8.2f} GiB  {name}" for name, size in parts.items()]
-    lines.append(f"{sum(parts.values()) / GIB:8.2f} GiB  in all on each GPU, and 1 to 2 for the libraries")
-    hourly = 3600 * teraflops * TERA / flop
-    lines.append(f"{flop / TERA:8.2f} TFLOP in an update: at {teraflops:g} TFLOP/s, {hourly:,.0f} updates an hour, and")
-    lines.append(f"{iters / hourly:8.2f} hours for {iters:,} updates")
-    return "\n".join(lines)
+def dry_run(
+    args: argparse.Namespace, networks: dict[str, nn.Module], shape: tuple[int, ...], blocks: tuple[type, ...]
+) -> None:
+    """Print GiB by what they are for, and time at args.dry_run TFLOP/s; of several processes, the first one does."""
+    rank, world = rank_and_world()
+    if rank > 0:
+        return
+    parts, flop = count(networks, shape, args, world, blocks, torch.float32 if args.device == "cpu" else torch.bfloat16)
+    for name, size in parts.items():
+        print(f"{size / GIB:8.2f} GiB  {name}")
+    print(f"{sum(parts.values()) / GIB:8.2f} GiB  in all on each GPU, and 1 to 2 for the libraries")
+    hourly = 3600 * args.dry_run * TERA / flop
+    print(f"{flop / TERA:8.2f} TFLOP in an update: at {args.dry_run:g} TFLOP/s, {hourly:,.0f} updates an hour, and")
+    print(f"{args.iters / hourly:8.2f} hours for {args.iters:,} updates")

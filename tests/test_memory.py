@@ -11,10 +11,10 @@ import train
 from paper import variants
 from support import lora, memory
 from support.weights import read_config
-from unet import ResnetBlock, Transformer, UNet, UNetConfig
+from unet import RECOMPUTED, UNet, UNetConfig
 
 GIVEN = torch.randn(2, 4, 8, 8), torch.tensor([5, 6]), torch.randn(2, 77, 32)
-BLOCKS = ResnetBlock, Transformer
+BLOCKS = RECOMPUTED
 
 
 def small() -> UNet:

@@ -23,7 +23,7 @@ from support.latents import write_latents
 from support.memory import GIB, TERA, count
 from support.official import OFFICIAL, SD15
 from support.weights import build, read_config
-from unet import ResnetBlock, Transformer
+from unet import RECOMPUTED
 
 SIZES = {"SD1.5": 512, "SDXL": 1024}
 # Model, GPUs and their memory in GB, --batch-size, --accumulate, --lora
@@ -57,7 +57,7 @@ def count_official(family: str, batch: int, accumulate: int, rank: int, world: i
         solver_steps=4 if stage == 1 else 2,
     )  # fmt: skip
     shape = 4, SIZES[family] // 8, SIZES[family] // 8
-    return count(official(family), shape, args, world, (ResnetBlock, Transformer))
+    return count(official(family), shape, args, world, RECOMPUTED)
 
 
 def print_parts(family: str) -> None:
