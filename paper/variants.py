@@ -1,4 +1,4 @@
-"""The trainer with what is not the paper's: guided trajectories, starts on the student's own trajectory, other times.
+"""The trainer with what is not in the paper: guided trajectories, starts on the student's own trajectory, other times.
 
     torchrun --module paper.variants --stage 1 --teacher-guidance 3
 

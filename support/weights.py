@@ -134,5 +134,5 @@ def compare(empty: dict[str, torch.Tensor], sources: dict[str, Source], files: d
         "that the network does not have": sorted(n for n in files.keys() - wanted if not LEFT_OVER.search(n)),
         "of another shape": misshapen,
     }
-    if told := [f"{len(names)} {what} ({listed(names)})" for what, names in problems.items() if names]:
-        raise InputError(f"{where}: the tensors do not fit the config: {'; '.join(told)}")
+    if wrong := [f"{len(names)} {what} ({listed(names)})" for what, names in problems.items() if names]:
+        raise InputError(f"{where}: the tensors do not fit the config: {'; '.join(wrong)}")

@@ -6,18 +6,18 @@ import torch
 from diffusers import DiffusionPipeline
 
 import sample
-from model import StableDiffusion, flow_scheduler, save_flow
+from model import FLOW, StableDiffusion, flow_scheduler, save_flow
 from support.streams import draw_noise
 from tools import in_diffusers
 
 PROMPTS = ["the red cat", "a cat on the cat"]
 
 
-def images(pipeline, steps, guidance_scale):
+def images(pipeline, steps, guidance_scale, prompts=PROMPTS):
     pipeline.set_progress_bar_config(disable=True)
     latents = draw_noise(5, [0, 1], (4, 8, 8))
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": 64, "width": 64}
-    return pipeline(PROMPTS, latents=latents, output_type="np", **options).images
+    return pipeline(prompts, latents=latents, output_type="np", **options).images
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
@@ -43,3 +43,10 @@ def test_diffusers_draws_a_flow_as_sample_py_does(base, tmp_path, stored):
             assert np.abs(wanted / 255 - images(plain, windows, guidance_scale)).max() < 1.01 / 255
     wanted = sample.generate(ours, PROMPTS, 6, 3.0, seed=5)
     assert np.abs(wanted / 255 - images(in_diffusers.load(str(tmp_path / "flow")), 6, 3.0)).max() < 1.01 / 255
+
+
+@pytest.mark.slow
+def test_plain_diffusers_draws_the_shipped_flow():
+    pipeline, prompts = DiffusionPipeline.from_pretrained(FLOW), ["a red circle", "a small blue ring"]
+    wanted = sample.generate(StableDiffusion.load(FLOW), prompts, 4, 4.0, seed=5)
+    assert np.abs(wanted / 255 - images(pipeline, 4, 4.0, prompts)).max() < 1.01 / 255

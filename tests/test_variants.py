@@ -1,4 +1,4 @@
-"""What is not the paper's: guided trajectories, and samples that start on the student's own trajectory."""
+"""What is not in the paper: guided trajectories, and samples that start on the student's own trajectory."""
 
 import numpy as np
 import torch
