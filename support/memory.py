@@ -6,6 +6,7 @@ which most have under autocast.
 """
 
 import argparse
+import functools
 from unittest import mock
 
 import torch
@@ -33,10 +34,9 @@ def count(
     networks: the model's, wherever they are. shape: of a latent, (C, h, w). world: number of processes. blocks: types
     of modules that gradient checkpointing computes again. low: dtype of frozen networks.
     """
-    unet = build(type(networks["unet"]), networks["unet"].cfg).to(low)
-    student = lora.attach(unet, args.lora, 0).to(low) if args.lora else unet
+    settings = shape, args.batch_size, args.lora, args.gradient_checkpointing, blocks, low
+    trained, saved, teaching, learning = passes(networks["unet"], *settings)
     numbers = {name: sum(weight.numel() for weight in network.parameters()) for name, network in networks.items()}
-    trained = sum(weight.numel() for weight in student.parameters())
     frozen, vae = numbers.pop("unet"), numbers.pop("vae")
     parts = {
         "trained weights": 4 * trained,
@@ -48,22 +48,31 @@ def count(
         "frozen UNet": low.itemsize * frozen,  # the teacher; with LoRA, also what the student's update is added to
         "text encoders": low.itemsize * sum(numbers.values()),
         "VAE": 4 * vae,
+        "activations": saved,
     }
-    given = inputs(unet.cfg, shape, args.batch_size, low)
-    attention = mock.patch.object(F, "scaled_dot_product_attention", flash_attention)
-    with attention, FlopCounterMode(display=False) as teaching:
-        unet(*given)
-    student.requires_grad_(True)
-    with attention, FlopCounterMode(display=False) as learning:
-        parts["activations"] = bytes_saved(student, given, blocks, args.gradient_checkpointing)
-    forward = learning.get_total_flops()
-    if not args.lora:
-        backward = 2 * forward  # to the inputs, and to the weights
-    else:
-        backward = forward + (forward - teaching.get_total_flops())  # to the weights of the update only
-    again = forward if args.gradient_checkpointing else 0
-    flop = args.solver_steps * teaching.get_total_flops() + forward + backward + again
-    return {name: size for name, size in parts.items() if size}, args.grad_accum_steps * flop
+    used = {name: size for name, size in parts.items() if size}
+    return used, args.grad_accum_steps * (args.solver_steps * teaching + learning)
+
+
+@functools.cache
+def passes(
+    unet: nn.Module, shape: tuple, batch: int, rank: int | None, recompute: bool, blocks: tuple, low: torch.dtype
+) -> tuple[int, int, int, int]:
+    """Of a batch: (trained numbers, bytes that the backward pass needs, FLOP of a teacher's step, FLOP of the student)."""
+    base = build(type(unet), unet.cfg).to(low)
+    student = lora.attach(base, rank, 0).to(low) if rank else base
+    given = inputs(unet.cfg, shape, batch, low)
+    with mock.patch.object(F, "scaled_dot_product_attention", flash_attention):
+        with FlopCounterMode(display=False) as teacher_counter:
+            base(*given)
+        student.requires_grad_(True)
+        with FlopCounterMode(display=False) as student_counter:
+            saved = bytes_saved(student, given, blocks, recompute)
+    teaching, forward = teacher_counter.get_total_flops(), student_counter.get_total_flops()
+    # To the inputs, and to the trained weights: of LoRA, those of the update only.
+    backward = forward + (forward - teaching if rank else forward)
+    trained = sum(weight.numel() for weight in student.parameters())
+    return trained, saved, teaching, forward + backward + (forward if recompute else 0)
 
 
 def inputs(cfg, shape: tuple[int, ...], batch: int, low: torch.dtype) -> tuple[Tensor, ...]:
