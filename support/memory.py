@@ -58,7 +58,7 @@ def count(
 def passes(
     unet: nn.Module, shape: tuple, batch: int, rank: int | None, recompute: bool, blocks: tuple, low: torch.dtype
 ) -> tuple[int, int, int, int]:
-    """Of a batch: (trained numbers, bytes that the backward pass needs, FLOP of a teacher's step, FLOP of the student)."""
+    """Of a batch: trained numbers, bytes that the backward pass needs, FLOP of a teacher step, FLOP of the student."""
     base = build(type(unet), unet.cfg).to(low)
     student = lora.attach(base, rank, 0).to(low) if rank else base
     given = inputs(unet.cfg, shape, batch, low)
