@@ -71,7 +71,7 @@ def fit(network: nn.Module, compute_loss: Callable[[int], Tensor], run: Path, it
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     warmup = min(500, iters // 10 + 1)
     parts = {"network": network, "ema": ema, "optimizer": optimizer}
-    start = load_checkpoint(run, parts, {})
+    start = load_checkpoint(run, parts, {}, iters)
     device = next(network.parameters()).device
     bar = trange(start, iters, initial=start, total=iters, desc=run.name, mininterval=5)
     for step in bar:
