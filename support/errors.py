@@ -29,6 +29,8 @@ def one_line_errors(parser: argparse.ArgumentParser, stopped: str = "stopped") -
         reason = str(error).strip().partition("\n")[0]
         if "DataLoader worker (pid" in reason:
             parser.exit(2, f"error: {reason} Try fewer --workers, or give them more memory.\n")
+        if re.search("gloo|NCCL", reason):  # within an update: gradients, or the optimizer's shares
+            parser.exit(2, f"error: another process has ended, see its message ({reason[:200]})\n")
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", reason):
             parser.exit(2, f"error: out of memory ({reason[:200]}); try a lower --batch-size or --size\n")
         raise

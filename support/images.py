@@ -18,7 +18,7 @@ from support.files import replaced
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LARGEST, MOST = 2**28, 2**26  # bytes of a file, and pixels
-LONGEST = 32  # times the shorter side: resized, 1 x 4000 pixels would take gigabytes
+LONGEST = 32  # times the shorter side: 1 x 4000 pixels would take gigabytes when resized
 TURN = Image.Transpose  # by the numbers of EXIF, which say how the camera was held
 TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE}
 TURNS |= {6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
@@ -72,14 +72,20 @@ def read_image(file: Path | BytesIO, upright: bool = False, on_white: bool = Fal
             size = f"{image.width} x {image.height} pixels"
             if image.width * image.height > MOST:
                 raise ValueError(f"{size} are more than {MOST:,}")
-            if max(image.size) > LONGEST * min(image.size):
-                raise ValueError(f"{size}: one side is over {LONGEST} times the other")
             image.load()
             turn = TURNS.get(orientation(image)) if upright else None
-            image = to_rgb(image, on_white)
+            image = to_rgb(middle(image), on_white)
             return image if turn is None else image.transpose(turn)
     except Exception as error:  # pillow has many ways to say that a file is damaged
         raise ValueError(f"cannot be read: {error or type(error).__name__}") from None
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """Of an image over LONGEST times as long as wide, the middle; with its short side resized, it would fill memory."""
+    width, height = image.size
+    across, down = min(width, LONGEST * height), min(height, LONGEST * width)
+    left, top = (width - across) // 2, (height - down) // 2
+    return image if (across, down) == image.size else image.crop((left, top, left + across, top + down))
 
 
 def orientation(image: Image.Image) -> object:
@@ -113,7 +119,7 @@ def settings_of_png(file: Path) -> dict[str, str]:
             settings = {name: str(value) for name, value in image.info.items() if isinstance(value, str)}
     except Exception:  # as above
         return {}
-    return settings if settings.get("software") == "proreflow" else {}
+    return settings if settings.get("software") == "proreflow" or {"index", "weights"} <= settings.keys() else {}
 
 
 def save_png(image: np.ndarray, file: Path, settings: dict[str, str]) -> None:

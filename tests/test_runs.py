@@ -415,6 +415,7 @@ READER_FAILED = "Caught InputError in DataLoader worker\n  support.errors.InputE
     [
         (OSError(28, "No space left on device", "log.jsonl"), "[Errno 28] No space left on device: 'log.jsonl'"),
         (errors.InputError(READER_FAILED), "a is empty"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), "another process has ended"),
     ],
 )
 def test_what_ends_a_command_is_one_line(capsys, error, line):
