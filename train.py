@@ -193,7 +193,7 @@ def begin(args: argparse.Namespace, process: Process) -> tuple:
 def dry_run(args: argparse.Namespace) -> None:
     """Instead of a run: print what it would hold on each GPU, and how long it would take."""
     settle(args)
-    teacher, _ = load_networks(args, torch.device("meta"))
+    teacher = StableDiffusion.load(args.teacher, "cpu", None)  # mapped, not read
     args.solver_steps = solver_steps(teacher, args.windows, args.solver_steps)
     memory.dry_run(args, teacher.networks, data.open_samples(args, teacher).shape, RECOMPUTED)
 

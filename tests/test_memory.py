@@ -8,8 +8,11 @@ import torch
 from helpers import UNET, exit_code
 
 import train
+from model import StableDiffusion
 from paper import variants
 from support import lora, memory
+from support.datasets import Scenes
+from support.latents import cache
 from support.weights import read_config
 from unet import RECOMPUTED, UNet, UNetConfig
 
@@ -79,7 +82,22 @@ def test_flop_are_those_of_all_passes():
 
 def test_a_dry_run_prints_and_starts_nothing(sd15, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train.Process, "start", lambda _: 1 / 0)
-    command = ["--stage", 1, "--model", sd15, "--batch-size", 2, "--iters", 100, "--out", tmp_path / "out", "--dry-run"]
+    cache(StableDiffusion.load(sd15), Scenes(0), 2, tmp_path / "latents")
+    command = [
+        "--stage",
+        1,
+        "--model",
+        sd15,
+        "--data",
+        tmp_path / "latents",
+        "--batch-size",
+        2,
+        "--iters",
+        100,
+        "--out",
+        tmp_path / "out",
+        "--dry-run",
+    ]
     assert exit_code(variants, *command, 1e-3) == 0
     lines = capsys.readouterr().out.splitlines()
     flop = float(lines[-2].split()[0])
