@@ -16,6 +16,7 @@ from support.latents import cache
 from support.weights import read_config
 from unet import RECOMPUTED, UNet, UNetConfig
 
+pytestmark = pytest.mark.slow
 GIVEN = torch.randn(2, 4, 8, 8), torch.tensor([5, 6]), torch.randn(2, 77, 32)
 BLOCKS = RECOMPUTED
 
