@@ -20,6 +20,7 @@ import reflow
 import train
 from model import StableDiffusion
 from support.errors import at_least_0, count, positive_int, share
+from support.memory import teacher_nfe
 from unet import UNet
 
 
@@ -52,7 +53,7 @@ def start_on_trajectory(
 def nfe_of_sample(steps: int, guidance: float = 1.0, own_starts: float = 0.0, windows: int = 1) -> float:
     """Training cost of a sample in network evaluations: the teacher's, and three for the student's forward and backward
     pass, since a backward pass takes as long as two forward passes."""
-    return steps * (1 if guidance == 1 else 2) + own_starts * (windows - 1) + 3
+    return teacher_nfe(steps, guidance, own_starts, windows) + 3
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
 """Memory and time of training SD1.5 at 512 and SDXL at 1024 pixels, by arithmetic (`support/memory.py`).
 
-python -m tools.memory                      two tables, for docs/real-models.md
-python -m tools.memory --measure            an update of SD1.5 at 256 pixels on this CPU, counted and measured
-python -m tools.memory --measure --lora 64  the same with LoRA
+    python -m tools.memory                      two tables, for docs/real-models.md
+    python -m tools.memory --measure            an update of SD1.5 at 256 pixels on this CPU, counted and measured
+    python -m tools.memory --measure --lora 64  the same with LoRA
+
+For a model and a command of your own: `train.py --dry-run`.
 """
 
 import argparse
@@ -54,7 +56,7 @@ def official(family: str) -> dict[str, nn.Module]:
 def count_official(family: str, batch: int, accumulate: int, rank: int, world: int, stage: int) -> tuple[dict, float]:
     args = SimpleNamespace(
         batch_size=batch, grad_accum_steps=accumulate, lora=rank, gradient_checkpointing=True, base=1, teacher=stage,
-        solver_steps=4 if stage == 1 else 2,
+        solver_steps=4 if stage == 1 else 2, teacher_guidance=1, own_starts=0, windows=8,
     )  # fmt: skip
     shape = 4, SIZES[family] // 8, SIZES[family] // 8
     return count(official(family), shape, args, world, RECOMPUTED)
