@@ -292,9 +292,7 @@ def arguments() -> Parser:
     paper.add_argument("--data", type=Path, help="latents, captioned images or 'DIR/*.tar'; default: drawn scenes")
     paper.add_argument("--out", type=Path, default=Path("out/train"), help="folder of all stages")
     paper.add_argument("--alpha", type=at_least_0, default=0.1, help="weight of the direction term; 0: squared error")
-    paper.add_argument(
-        "--iters", type=positive_int, help="number of updates; its default depends on the model, as for the next two"
-    )
+    paper.add_argument("--iters", type=positive_int, help="number of updates; default: by model, as the next two")
     paper.add_argument("--batch-size", type=positive_int, help="samples per process and forward pass")
     paper.add_argument("--lr", type=positive, help="learning rate, after the warm-up")
     paper.add_argument("--seed", type=seed, default=0, help="of data order, noise and times")

@@ -5,7 +5,6 @@ names equal the keys of the published file. Read `fid.py` first, which says what
 Shapes: B batch, C channels, H W.
 """
 
-import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -120,7 +119,7 @@ class Inception(nn.Module):
                 raise ValueError(f"{odd[0]} is {state[odd[0]].dtype}")
             self.load_state_dict(dict(state))
         except Exception as error:  # the readers have many ways to say it
-            unsafe = isinstance(error, pickle.UnpicklingError)
+            unsafe = type(error).__name__ == "UnpicklingError"
             reason = "no plain file of tensors" if unsafe else " ".join(f"{error}".split())[:300]
             raise InputError(f"{file} is damaged or not the FID network ({reason}); get {PUBLISHED}") from None
         return self

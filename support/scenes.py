@@ -297,11 +297,11 @@ def caption(seed: int, index: int, detail: float | None = None) -> str:
 
 def some_facts(scene: Scene, rng, detail: float = 0.4) -> Claims:
     """What a caption says of a scene: one or two items, sometimes how many there are, or the background."""
-    kind, told = rng.random(), rng.random()
+    kind, background = rng.random(), rng.random()
     facts = choose_facts(scene, rng, 2 if kind < 0.5 else 1, detail)
     facts.count = len(scene.items) if kind > 0.9 else None
-    facts.tone = scene.tone if told < 0.12 else None
-    facts.pattern = scene.pattern if 0.06 < told < 0.18 else None
+    facts.tone = scene.tone if background < 0.12 else None
+    facts.pattern = scene.pattern if 0.06 < background < 0.18 else None
     return facts
 
 

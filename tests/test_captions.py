@@ -36,8 +36,8 @@ def test_what_is_no_caption_is_left_out_and_named(tmp_path, capsys, value, reaso
     entries = [{"image_id": image, "caption": caption} for image, caption in ((1, value), (2, " a\n cat "), (1, "b"))]
     (tmp_path / "c.json").write_text(json.dumps({"annotations": entries}))
     assert read_coco(tmp_path / "c.json")[0] == {2: ["a cat"], 1: ["b"]}
-    told = capsys.readouterr().err
-    assert "1 captions are left out: image 1 (its caption " in told and reason in told
+    said = capsys.readouterr().err
+    assert "1 captions are left out: image 1 (its caption " in said and reason in said
 
 
 def test_cocos_captions_come_in_the_order_of_the_file(tmp_path):

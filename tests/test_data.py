@@ -180,8 +180,8 @@ def test_images_and_captions_that_cannot_be_used_are_named_and_the_next_takes_th
     (tmp_path / "f.png").symlink_to("nowhere")
     source = datasets.Folder(tmp_path, 16)
     assert source[0]["left_out"] == 6 and source[0]["left_out"] == 0 and captions(source) == ["g"] * 7
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 6 and all(f"{tmp_path / name}.png is left out" in line for name, line in zip("abcdef", told))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 6 and all(f"{tmp_path / name}.png is left out" in line for name, line in zip("abcdef", said))
 
 
 def test_too_many_bad_images_are_an_error(tmp_path, capsys):
@@ -310,8 +310,8 @@ def test_a_broken_sample_of_a_shard_is_named_by_its_key(laion, capsys, monkeypat
     (laion / "00000.tar").write_bytes(content)
     item = datasets.Shards(laion, 32)[0]
     assert item["caption"] == "caption 2" and item["left_out"] == 2
-    told = capsys.readouterr().err
-    assert "00000.tar: 000000000.png is left out: cannot be read" in told and "000000001.png is left out" in told
+    said = capsys.readouterr().err
+    assert "00000.tar: 000000000.png is left out: cannot be read" in said and "000000001.png is left out" in said
     monkeypatch.setattr(datasets, "LARGEST", 50)
     assert "10 of 10 images" in refusal(datasets.Shards(laion / "00001.tar", 32).__getitem__, 0)
 

@@ -106,9 +106,9 @@ def test_a_damaged_or_harmful_file_or_that_of_another_network_is_refused(incepti
         ({"fc.weight": Harmful()}, "no plain file of tensors"),
     ):
         file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
-        told = refusal(network.load, file)
-        assert told.startswith(f"{file} is damaged or not the FID network (") and fid.PUBLISHED in told
-        assert reason in told
+        said = refusal(network.load, file)
+        assert said.startswith(f"{file} is damaged or not the FID network (") and fid.PUBLISHED in said
+        assert reason in said
     assert "harm" not in capsys.readouterr().out
     assert "none.pth is missing; get https" in refusal(network.load, tmp_path / "none.pth")
 

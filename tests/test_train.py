@@ -364,11 +364,11 @@ def test_a_device_is_waited_for_once_in_an_update(request, tmp_path, monkeypatch
     waits, teacher = [], helpers.shapes_only(folder, **scheduler)
     student, tolist = build(UNet, teacher.unet.cfg).requires_grad_(True), torch.Tensor.tolist
 
-    def told(numbers):
+    def spy(numbers):
         waits.extend([numbers.device.type] if numbers.device.type == "meta" else [])
         return [0.0] * len(numbers) if numbers.device.type == "meta" else tolist(numbers)
 
-    monkeypatch.setattr(torch.Tensor, "tolist", told)
+    monkeypatch.setattr(torch.Tensor, "tolist", spy)
     monkeypatch.setattr(train.Process, "start", lambda _: train.Process(0, 1, torch.device("meta")))
     monkeypatch.setattr(train, "load_networks", lambda *_: (teacher, student))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no such device
