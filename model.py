@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from clip_text import ClipText, ClipTextConfig, Tokenizer, load_tokenizers
 from support import layouts
-from support.bands import decode_in_bands
 from support.checks import check_fit, check_scheduler, is_perflow
 from support.errors import InputError
 from support.files import replaced, write_json, write_tensors
 from support.folders import STEMS, kept_dtype, read_folder
-from support.official import flow_scheduler as flow_scheduler
+from support.official import SCHEDULER
 from support.weights import assign, build, read_config
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -151,37 +150,30 @@ class StableDiffusion:
         mean, log_variance = (torch.cat(part) for part in zip(*parts))
         return mean, log_variance
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> latents (B, 4, h, w) at the UNet's scale, in its dtype.
-
-        They are the mean of the encoder's distribution; with standard normal noise (B, 4, h, w), a sample of it.
-        """
-        mean, log_variance = self.encode_moments(images)
-        if noise is not None:
-            mean = mean + (0.5 * log_variance).exp() * noise.to(mean)
-        return (mean * self.vae.cfg.scaling_factor).to(self.dtype)
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> mean of their latents (B, 4, h, w) at the UNet's scale, in its dtype."""
+        return (self.encode_moments(images)[0] * self.vae.cfg.scaling_factor).to(self.dtype)
 
     @torch.no_grad()
     @FULL_PRECISION
-    def decode(self, latents: Tensor, low_memory: bool = False) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, 4, h, w) at the UNet's scale -> images (B, 3, H, W) in [-1, 1], fp32.
 
-        low_memory: a few rows at a time (`support/bands.py`). Raises InputError where the latents are not finite.
+        Raises InputError where the latents are not finite.
         """
         if not latents.isfinite().all():
             raise InputError("the UNet's numbers are not finite; use --dtype float32, and look at the model's files")
         weight = self.vae.decoder.conv_in.weight
         scaled = latents.to(weight.device, weight.dtype) / self.vae.cfg.scaling_factor
         few = self.few_at_a_time(scaled, self.downscale)
-        images = [decode_in_bands(self.vae, part) if low_memory else self.vae.decode(part) for part in few]
-        images = torch.cat([image.float() for image in images])
+        images = torch.cat([self.vae.decode(part).float() for part in few])
         if images.isfinite().all():
             return images.clamp(-1, 1)
         if weight.dtype == torch.float32:
             raise InputError("the VAE's numbers are not finite; fetch its files again")
         print(f"notice: the VAE overflows in {weight.dtype}; it runs in float32 from now on", file=sys.stderr)
         self.vae.float()
-        return self.decode(latents, low_memory)
+        return self.decode(latents)
 
     @staticmethod
     def few_at_a_time(batch: Tensor, downscale: int = 1) -> tuple[Tensor, ...]:
@@ -216,7 +208,7 @@ class StableDiffusion:
         if path.is_dir():
             family, (configs, files) = None, read_folder(path, dtype, variant)
         else:
-            family, configs, files = layouts.read_single_file(path, alphas_cumprod(layouts.SCHEDULER), variant)
+            family, configs, files = layouts.read_single_file(path, alphas_cumprod(SCHEDULER), variant)
         check_scheduler(configs["scheduler"], path)
         networks = {}
         for name in files:

@@ -45,14 +45,12 @@ def generate(
     latents: Tensor | None = None,
     size: int | None = None,
     indices: list[int] | None = None,
-    low_memory: bool = False,
 ) -> np.ndarray:
     """Images of the prompts, uint8 (B, H, W, 3).
 
     sampler: "flow", "ddim" or "dpm++"; by default the one that fits the model. latents: start from these (B, 4, h, w)
     instead of noise drawn for (seed, indices); indices are 0, 1, ... by default. size: height and width in pixels.
-    guidance_scale: by default the model's own, `StableDiffusion.guidance`. low_memory: decode a few rows at a time.
-    Raises InputError.
+    guidance_scale: by default the model's own, `StableDiffusion.guidance`. Raises InputError.
     """
     size, sampler = sd.image_size(size), check_sampler(sd, sampler, steps)
     if latents is None:
@@ -69,7 +67,7 @@ def generate(
     else:
         solve = {"ddim": reflow.ddim, "dpm++": dpm_solver}[sampler]
         z = solve(epsilon, z, sd.alphas_cumprod, torch.tensor(reflow.boundaries(steps)))
-    return to_pixels(sd.decode(z, low_memory))
+    return to_pixels(sd.decode(z))
 
 
 def dpm_solver(epsilon: reflow.Network, z: Tensor, alphas_cumprod: Tensor, grid: Tensor) -> Tensor:
@@ -158,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
     for few in tqdm([todo[i : i + args.batch_size] for i in range(0, len(todo), args.batch_size)], disable=rank > 0):
         images = generate(
             sd, [prompts[i] for i in few], args.steps, guidance, args.seed, args.negative_prompt, sampler,
-            size=size, indices=few, low_memory=args.low_memory,
+            size=size, indices=few,
         )  # fmt: skip
         for i, image in zip(few, images):
             save_png(image, files[i], settings[i])
@@ -198,7 +196,6 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: this process's GPU if there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float16, on CPU float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster")
-    parser.add_argument("--low-memory", action="store_true", help="decode a few rows at a time: the same images")
     with one_line_errors(parser, "stopped; the same command goes on where it was"):
         run(parser.parse_args())
 

@@ -30,14 +30,16 @@ from torch.optim import AdamW
 import data
 import reflow
 from loss import decomposed_velocity_loss
-from model import MINIATURE, StableDiffusion, flow_scheduler, is_perflow, save_flow
+from model import MINIATURE, StableDiffusion, save_flow
 from support import lora, lora_files, memory, runs
 from support.captions import read_prompts
+from support.checks import is_perflow
 from support.devices import Process
 from support.errors import InputError, Parser, at_least_0, count, one_line_errors, positive, positive_int, seed
 from support.files import read_json
 from support.images import image_grid, to_pixels, write_png
 from support.loader import Stop
+from support.official import flow_scheduler
 from support.streams import draw_noise
 from unet import RECOMPUTED, UNet, checkpoint_activations
 

@@ -27,7 +27,7 @@ import reflow
 from clip_text import BEGIN, END, ClipText, ClipTextConfig, Tokenizer
 from evaluation.clip_vision import ClipVision, ClipVisionConfig
 from model import MINIATURE, StableDiffusion
-from support import layouts, scenes
+from support import official, scenes
 from support.datasets import Scenes
 from support.devices import Process, choose_device
 from support.errors import Parser, one_line_errors
@@ -44,10 +44,10 @@ from vae import VAE, VAEConfig
 SAVE_EVERY = 100  # updates
 DETAIL = 0.8  # of captions from which places are learned, see scenes.choose_facts; others have half of it
 
-VAE_SETTINGS = layouts.SD15["vae"] | {
+VAE_SETTINGS = official.SD15["vae"] | {
     "block_out_channels": [16, 32, 64, 64], "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 64,
 }  # fmt: skip
-TEXT_SETTINGS = layouts.CLIP_L | {
+TEXT_SETTINGS = official.CLIP_L | {
     "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3,
     "projection_dim": 128,
 }  # fmt: skip
@@ -55,7 +55,7 @@ VISION_SETTINGS = {
     "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "hidden_act": "quick_gelu",
     "num_hidden_layers": 4, "projection_dim": 128, "image_size": 64, "patch_size": 8,
 }  # fmt: skip
-UNET_SETTINGS = layouts.SD15["unet"] | {
+UNET_SETTINGS = official.SD15["unet"] | {
     "block_out_channels": [64, 96], "attention_head_dim": [2, 3], "layers_per_block": 1, "norm_num_groups": 16,
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
     "cross_attention_dim": 128, "sample_size": 8,
@@ -350,7 +350,7 @@ def train(args: argparse.Namespace) -> None:
     unet = UNet(read_config(UNetConfig, UNET_SETTINGS, "UNet"))
     nn.init.zeros_(unet.conv_out.weight)
     configs = {
-        "model_index": layouts.SD15["model_index"], "scheduler": layouts.SCHEDULER, "unet": UNET_SETTINGS,
+        "model_index": official.SD15["model_index"], "scheduler": official.SCHEDULER, "unet": UNET_SETTINGS,
         "vae": vae_settings, "text_encoder": text_settings,
     }  # fmt: skip
     networks = {"unet": unet.to(args.device), "vae": vae, "text_encoder": clip.text}

@@ -20,12 +20,11 @@ import torch
 import train
 from miniature.judge import prompt_accuracy
 from model import MINIATURE, StableDiffusion
-from paper import figures
+from paper import figures, reproduce
 from paper.variants import nfe_of_sample
 from support.devices import choose_device
 from support.errors import InputError, Parser, one_line_errors
 from support.files import write_between
-from support.runs import start_training
 from support.scenes import TEST
 
 BATCH = 64  # samples of an update
@@ -93,12 +92,13 @@ def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> t
             continue
         cores = torch.get_num_threads()  # OMP_NUM_THREADS, else what the machine has
         processes = 1 if torch.cuda.is_available() or cores < 2 else 2
-        command = ["--windows", stage.windows, "--teacher", teacher, "--alpha", stage.alpha, "--iters", iters]
+        command = ["env", f"OMP_NUM_THREADS={max(cores // processes, 1)}", "torchrun", "--standalone"]
+        command += ["--nproc-per-node", processes, "-m", "paper.variants", "--windows", stage.windows]
+        command += ["--teacher", teacher, "--alpha", stage.alpha, "--iters", iters]
         command += ["--warmup", min(100, iters // 4), "--seed", seed, "--batch-size", BATCH // processes]
         command += ["--data", args.data, "--name", folder.name, "--out", out, "--sample-every", 0, "--resume"]
         print(f"seed {seed}, cost {cost}: {folder.name}, {iters} updates", flush=True)
-        if start_training(command, processes, max(cores // processes, 1)).returncode:
-            raise InputError(f"training {folder} ended early, see above; the same command goes on from there")
+        reproduce.run([str(word) for word in command])
     return folder, total
 
 

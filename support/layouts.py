@@ -17,7 +17,7 @@ from support.checks import OTHERS, check_buffers, check_metadata, is_perflow
 from support.errors import InputError
 from support.files import listed
 from support.folders import read_header
-from support.official import CLIP_L, OFFICIAL, SCHEDULER, SD15, SDXL  # noqa: F401
+from support.official import OFFICIAL
 from support.weights import Source, read_config
 
 

@@ -10,8 +10,6 @@ import hashlib
 import json
 import math
 import os
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -220,11 +218,3 @@ def report_divergence(step: int, losses: list[float], run: Path) -> None:
     ranks = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
     where = f"the loss of rank {', '.join(ranks)}" if ranks else "the gradient"
     raise InputError(f"{where} is not finite in update {step}; last good checkpoint: {newest(run)}. Try a lower --lr")
-
-
-def start_training(arguments: list, processes: int, threads: int) -> subprocess.CompletedProcess:
-    """Run the trainer under torchrun, in so many processes of so many threads."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    command += ["--module", "paper.variants", *arguments]
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parent.parent)}
-    return subprocess.run([str(part) for part in command], env=env)

@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import StableDiffusion
-from support import layouts
+from support import official
 from support.errors import InputError
 from support.weights import build
 
@@ -104,18 +104,18 @@ SMALL_TEXT = {
     "pad_token_id": VOCABULARY - 1,
 }  # fmt: skip
 WIDER = {"hidden_size": 48, "intermediate_size": 192, "projection_dim": 48}
-TEXT, TEXT_2 = layouts.SD15["text_encoder"] | SMALL_TEXT, layouts.SDXL["text_encoder_2"] | SMALL_TEXT | WIDER
-UNET = layouts.SD15["unet"] | {
+TEXT, TEXT_2 = official.SD15["text_encoder"] | SMALL_TEXT, official.SDXL["text_encoder_2"] | SMALL_TEXT | WIDER
+UNET = official.SD15["unet"] | {
     "block_out_channels": [8, 16, 32, 32], "norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 32,
     "sample_size": 8,
 }  # fmt: skip
-UNET_XL = layouts.SDXL["unet"] | {
+UNET_XL = official.SDXL["unet"] | {
     "block_out_channels": [8, 16, 32], "norm_num_groups": 4, "attention_head_dim": [1, 2, 4], "cross_attention_dim": 80,
     "sample_size": 8, "transformer_layers_per_block": [1, 1, 2], "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 96,
 }  # fmt: skip
 SMALL_VAE = {"block_out_channels": [8, 16, 32, 32], "norm_num_groups": 4}
-VAE, VAE_XL = (family["vae"] | SMALL_VAE for family in (layouts.SD15, layouts.SDXL))
+VAE, VAE_XL = (family["vae"] | SMALL_VAE for family in (official.SD15, official.SDXL))
 
 
 # The reference libraries take seconds to import, so only who needs them does.
@@ -129,7 +129,7 @@ def sd15_pipeline(folder):
         vae=randomize(AutoencoderKL.from_config(VAE), 2),
         text_encoder=randomize(CLIPTextModel(CLIPTextConfig(**TEXT)), 3),
         tokenizer=CLIPTokenizer.from_pretrained(write_tokenizer(folder)),
-        scheduler=DDIMScheduler.from_config(layouts.SCHEDULER),
+        scheduler=DDIMScheduler.from_config(official.SCHEDULER),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
@@ -146,7 +146,7 @@ def sdxl_pipeline(folder):
         text_encoder_2=randomize(CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2)), 7),
         tokenizer=CLIPTokenizer.from_pretrained(write_tokenizer(folder / "1")),
         tokenizer_2=CLIPTokenizer.from_pretrained(write_tokenizer(folder / "2", pad_token="!")),
-        scheduler=DDIMScheduler.from_config(layouts.SCHEDULER),
+        scheduler=DDIMScheduler.from_config(official.SCHEDULER),
         force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
 

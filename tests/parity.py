@@ -19,7 +19,8 @@ from helpers import randomize
 from torch import Tensor, nn
 
 from model import NETWORKS
-from support.layouts import SD15, SDXL, sources_in_folder
+from support.layouts import sources_in_folder
+from support.official import SD15, SDXL
 from support.weights import build, read_config
 
 BF16 = torch.bfloat16

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support import layouts
+from support import official
 from tools import bench
 
 
@@ -35,7 +35,7 @@ SMALL = {
     "vae": {"block_out_channels": [32] * 4},
     "text_encoder": {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1},
 }
-SMALL = layouts.SD15 | {part: layouts.SD15[part] | changes for part, changes in SMALL.items()}
+SMALL = official.SD15 | {part: official.SD15[part] | changes for part, changes in SMALL.items()}
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ from helpers import exit_code
 
 import reflow
 import sample
-from model import FLOW, MINIATURE, StableDiffusion, flow_scheduler, save_flow
+from model import FLOW, MINIATURE, StableDiffusion, save_flow
 from paper import figures
 from support import scenes
+from support.official import flow_scheduler
 from support.scenes import TEST
 from support.streams import draw_noise
 

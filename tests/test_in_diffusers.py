@@ -6,7 +6,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 import sample
-from model import FLOW, StableDiffusion, flow_scheduler, save_flow
+from model import FLOW, StableDiffusion, save_flow
+from support.official import flow_scheduler
 from support.streams import draw_noise
 from tools import in_diffusers
 

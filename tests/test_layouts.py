@@ -9,8 +9,9 @@ from diffusers.loaders import single_file_utils as reference
 from helpers import exit_code, refusal, rewrite, same
 from safetensors.torch import load_file, save_file
 
-from model import NETWORKS, StableDiffusion, alphas_cumprod, flow_scheduler
-from support import layouts
+from model import NETWORKS, StableDiffusion, alphas_cumprod
+from support import layouts, official
+from support.official import flow_scheduler
 from support.weights import build, read_config
 from tools import convert
 
@@ -22,7 +23,7 @@ UNET_FILE = "diffusion_pytorch_model.safetensors"
 def official_tensors(family, component):
     """The names and shapes of an official network's tensors; they take no memory."""
     network_class, config_class = NETWORKS[component]
-    config = read_config(config_class, layouts.OFFICIAL[family][component], component)
+    config = read_config(config_class, official.OFFICIAL[family][component], component)
     return build(network_class, config).state_dict()
 
 
@@ -56,7 +57,7 @@ def test_the_reference_library_reads_our_names_of_every_official_tensor(family, 
 # ---- single files ----
 
 # what the published single files hold besides the networks, and what training or converting them may leave in them
-ABAR, TEXT = alphas_cumprod(layouts.SCHEDULER), "cond_stage_model.transformer."
+ABAR, TEXT = alphas_cumprod(official.SCHEDULER), "cond_stage_model.transformer."
 BESIDES = {
     "SD1.5": {
         "alphas_cumprod": ABAR.half(),
@@ -86,7 +87,7 @@ def folder(family, sd15, sdxl):
 def single(family, folder, tmp_path_factory):
     """A small model and its single file. Such a file does not say its sizes; so we make the small ones official."""
     sd = load(folder)
-    small = copy.deepcopy(layouts.OFFICIAL[family])
+    small = copy.deepcopy(official.OFFICIAL[family])
     for component in sd.networks:
         sizes = small[component].keys() & sd.configs[component].keys() - {"eos_token_id"}
         small[component] |= {name: sd.configs[component][name] for name in sizes}
@@ -96,7 +97,7 @@ def single(family, folder, tmp_path_factory):
     file = tmp_path_factory.mktemp("single") / "model.safetensors"
     save_file(tensors, file, {"format": "pt", "modelspec.prediction_type": "epsilon"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(layouts.OFFICIAL, family, small)
+        patch.setitem(official.OFFICIAL, family, small)
         yield sd, file
 
 
@@ -172,11 +173,11 @@ def test_what_is_not_official_makes_no_single_file(sd15, tmp_path, part, setting
     message = refusal(sd.save, tmp_path / "again.safetensors")
     assert "a single file cannot tell what it is" in message and not list(tmp_path.glob("again*"))
     with pytest.MonkeyPatch.context() as patch:  # even where all shapes are official
-        official = copy.deepcopy(layouts.SD15)
+        changed = copy.deepcopy(official.SD15)
         for name in sd.networks:
-            official[name] |= {k: v for k, v in sd.configs[name].items() if k in official[name]}
-        official[part][setting] = value
-        patch.setitem(layouts.OFFICIAL, "SD1.5", official)
+            changed[name] |= {k: v for k, v in sd.configs[name].items() if k in changed[name]}
+        changed[part][setting] = value
+        patch.setitem(official.OFFICIAL, "SD1.5", changed)
         assert f"the {part} is none of SD1.5 ({setting})" in refusal(sd.save, tmp_path / "again.safetensors")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 
 import helpers
 import numpy as np
@@ -14,8 +15,10 @@ from test_in_diffusers import PROMPTS, images
 from test_train import log_of, run, state_of
 
 import sample
-from model import MINIATURE, StableDiffusion, flow_scheduler
+from model import MINIATURE, StableDiffusion
+from paper import variants
 from support import lora, lora_files, runs
+from support.official import flow_scheduler
 
 slow = pytest.mark.slow
 SEED = 5
@@ -190,7 +193,8 @@ def test_a_run_gives_the_same_weights_however_it_is_computed(sd15, stages, tmp_p
     command = ["--stage", 1, "--model", sd15, "--lora", 2, "--lr", 0.01, "--cooldown", 0, "--out", tmp_path]
     if how == "two processes":
         arguments = ["--sample-every", 0, "--warmup", 1, "--batch-size", 1, "--device", "cpu", "--iters", 2]
-        assert runs.start_training([*command, *arguments], processes=2, threads=1).returncode == 0
+        line = helpers.command(variants, *command, *arguments, processes=2)
+        assert subprocess.run(line, env=helpers.ONE_THREAD).returncode == 0
     elif how == "resumed":
         assert run(*command, "--iters", 1) == 0 and run(*command, "--iters", 2, "--resume") == 0
     else:

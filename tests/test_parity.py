@@ -6,7 +6,8 @@ import torch
 from helpers import TEXT, TEXT_2, UNET, UNET_XL, VAE
 
 from model import NETWORKS
-from support.layouts import OFFICIAL, PREFIXES, sources_in_folder
+from support.layouts import PREFIXES, sources_in_folder
+from support.official import OFFICIAL
 from support.weights import build, read_config
 from unet import UNet, UNetConfig
 

@@ -10,7 +10,6 @@ import torch
 from helpers import ONE_THREAD, edit, exit_code, refusal, rewrite
 from PIL import Image
 
-import model
 import reflow
 import sample
 from model import StableDiffusion
@@ -158,21 +157,10 @@ def test_other_sizes_and_dtypes_work(sd15):
 def test_nothing_is_read_back_from_the_device_until_images_are_decoded(request, monkeypatch, folder, sampler):
     flow = {"_class_name": "PeRFlowScheduler", "num_time_windows": 2} if sampler == "flow" else {}
     sd = helpers.shapes_only(request.getfixturevalue(folder), **flow)
-    monkeypatch.setattr(sd, "decode", lambda latents, _: latents)
+    monkeypatch.setattr(sd, "decode", lambda latents: latents)
     monkeypatch.setattr(sample, "to_pixels", lambda latents: latents)
     latents = sample.generate(sd, ["a cat", "the cat"], 3, 4.0, sampler=sampler)
     assert (latents.device.type, latents.shape) == ("meta", (2, 4, 8, 8))  # where nothing can be read
-
-
-def test_images_decoded_in_less_memory_are_the_same(sd15, tmp_path, monkeypatch):
-    arguments = ["--model", sd15, "--prompt", "a cat", "the cat", "--steps", 1, "--size", 144]
-    asked, decode = [], model.decode_in_bands
-    monkeypatch.setattr(model, "decode_in_bands", lambda *given: asked.append(1) or decode(*given, rows=16))
-    assert run(*arguments, "--out", tmp_path / "whole") == 0 and not asked
-    assert run(*arguments, "--out", tmp_path / "bands", "--low-memory") == 0 and asked
-    for name in "00000.png", "00001.png":
-        images = [np.array(Image.open(tmp_path / folder / name)).astype(int) for folder in ("whole", "bands")]
-        assert np.abs(images[0] - images[1]).max() <= 1
 
 
 @pytest.mark.parametrize(

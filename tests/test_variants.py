@@ -8,8 +8,9 @@ from test_train import CPU, compare_with_hand, draw, settings
 import data
 import reflow
 import sample
-from model import StableDiffusion, flow_scheduler
+from model import StableDiffusion
 from paper import variants
+from support.official import flow_scheduler
 
 
 def test_the_loss_on_guided_trajectories_is_that_worked_out_by_hand(sdxl):

@@ -9,7 +9,7 @@ from helpers import ROOT, edit, read, refusal, rewrite, same, write
 from safetensors.torch import load_file, save_file
 
 from model import NETWORKS, StableDiffusion
-from support import layouts
+from support import official
 from support.errors import InputError
 from support.files import read_json, replaced, write_text
 from support.folders import find_tensors
@@ -110,7 +110,7 @@ def test_settings_that_need_other_code_are_refused_by_name(part, settings, compl
     def make(content):
         build(network_class, read_config(config_class, content, "here"), "here")
 
-    content = layouts.SD15[part] | settings
+    content = official.SD15[part] | settings
     if complaint is None:
         make(content)
     else:

@@ -28,14 +28,15 @@ import fid
 import sample
 import train
 from clip_text import Tokenizer
-from model import MINIATURE, NETWORKS, StableDiffusion, flow_scheduler
-from support import datasets, layouts
+from model import MINIATURE, NETWORKS, StableDiffusion
+from support import datasets, official
 from support.devices import choose_device
 from support.files import write_json
+from support.official import flow_scheduler
 from support.weights import build, read_config
 
 RUNS = 5
-FAMILIES = {"SD1.5": (layouts.SD15, 64), "SDXL": (layouts.SDXL, 128)}  # configurations, and the size of latents
+FAMILIES = {"SD1.5": (official.SD15, 64), "SDXL": (official.SDXL, 128)}  # configurations, and the size of latents
 
 
 def compare(what: str, peer: str, ours: Callable[[], object], theirs: Callable[[], object], device: str):
@@ -93,8 +94,8 @@ def pair(part: str, peer_class: type, family: dict, **to) -> tuple:
 def bench_pipeline(device: str) -> list[dict]:
     """Text to image in four DDIM steps with guidance, at SD1.5's size; loading is not counted."""
     tokenizer = Tokenizer.load(MINIATURE / "tokenizer")
-    text_settings = layouts.SD15["text_encoder"] | {"vocab_size": tokenizer.end + 1, "eos_token_id": tokenizer.end}
-    configs, networks = layouts.SD15 | {"text_encoder": text_settings}, {}
+    text_settings = official.SD15["text_encoder"] | {"vocab_size": tokenizer.end + 1, "eos_token_id": tokenizer.end}
+    configs, networks = official.SD15 | {"text_encoder": text_settings}, {}
     for name in "unet", "vae", "text_encoder":
         network_class, config_class = NETWORKS[name]
         networks[name] = network_class(read_config(config_class, configs[name], name))

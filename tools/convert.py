@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
-from model import StableDiffusion, flow_scheduler
+from model import StableDiffusion
 from support import layouts
 from support.checks import check_scheduler
 from support.errors import InputError, one_line_errors
 from support.files import write_tensors
 from support.folders import tensor_names
+from support.official import flow_scheduler
 from support.weights import assign, build
 from unet import UNet
 
