@@ -40,6 +40,7 @@ class Stage:
     windows: int
     share: float = 1
     alpha: float = 0.1
+    epsilon_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ SOLVERS = {  # the teacher itself
     "dpm++": Method("the teacher, DPM-Solver++", (), {8: "", 4: "22.36"}),
 }
 METHODS = SOLVERS | {
-    "perflow": Method("PeRFlow: 4 windows at once, plain loss", (Stage(4, 2, 0),), {4: "12.01 / 23.81"}),
+    "published": Method("PeRFlow, with its published loss of epsilon", (Stage(4, 2, 0, True),), {4: "12.01 / 23.81"}),
+    "perflow": Method("PeRFlow, with squared error of the velocity", (Stage(4, 2, 0),), {4: "23.81"}),
+    # As many updates as ProReflow-I, each with 8 + 3 NFE a sample: 11 (1 / 7 + 1 / 5) of its stages' cost.
+    "updates": Method("the same, with ProReflow-I's number of updates", (Stage(4, 3.77, 0),), {4: "23.81"}),
     "i": Method("**ProReflow-I**: 8, then 4 windows", (EIGHT, FOUR), {4: "11.16 / 22.97"}),
     "at-once": Method("without progressive reflow", (Stage(4, 2),), {4: "23.46"}),
     "plain": Method("without the direction term", (Stage(8, alpha=0), Stage(4, alpha=0)), {4: "23.09"}),
@@ -84,7 +88,7 @@ def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> t
     folder, total, windows = MINIATURE, 0, train.TEACHER_STEPS
     out, names = args.out / f"cost-{cost}" / f"seed-{seed}", []
     for stage in method.stages:
-        names.append(f"w{stage.windows}-share{stage.share:g}-alpha{stage.alpha:g}")
+        names.append(f"w{stage.windows}-share{stage.share:g}-alpha{stage.alpha:g}" + stage.epsilon_loss * "-epsilon")
         nfe = BATCH * int(nfe_of_sample(windows // stage.windows))
         iters = max(round(stage.share * cost / nfe), 1)
         total, teacher, folder, windows = total + iters * nfe, folder, out / "_".join(names), stage.windows
@@ -95,6 +99,7 @@ def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> t
         command = ["env", f"OMP_NUM_THREADS={max(cores // processes, 1)}", "torchrun", "--standalone"]
         command += ["--nproc-per-node", processes, "-m", "paper.variants", "--windows", stage.windows]
         command += ["--teacher", teacher, "--alpha", stage.alpha, "--iters", iters]
+        command += ["--epsilon-loss"] * stage.epsilon_loss
         command += ["--warmup", min(100, iters // 4), "--seed", seed, "--batch-size", BATCH // processes]
         command += ["--data", args.data, "--name", folder.name, "--out", out, "--sample-every", 0, "--resume"]
         print(f"seed {seed}, cost {cost}: {folder.name}, {iters} updates", flush=True)

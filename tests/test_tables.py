@@ -31,12 +31,20 @@ def trained(name, seed, cost, folder):
     return tables.trained(METHODS[name], seed, cost, SimpleNamespace(out=folder, data=folder / "latents"))
 
 
-@pytest.mark.parametrize("names", [("perflow", "i", "at-once", "plain"), ("ii", "two"), ("one", "reflow")])
+@pytest.mark.parametrize("names", [("published", "perflow", "i", "at-once", "plain"), ("ii", "two"), ("one", "reflow")])
 def test_methods_that_are_compared_cost_the_same(tmp_path, commands, names):
     costs = [trained(name, 0, 250_000, tmp_path)[1] for name in names]
     assert max(costs) < 1.002 * min(costs)
     shares = sum(stage.share for stage in METHODS[names[0]].stages)
     assert costs[0] == pytest.approx(shares * 250_000, rel=0.002)
+    assert ["--epsilon-loss" in options for options in commands[:2]] == [names[0] == "published", False]
+
+
+def test_one_row_has_the_updates_of_another(tmp_path, commands):
+    trained("i", 0, 250_000, tmp_path)
+    trained("updates", 0, 250_000, tmp_path)
+    *stages, at_once = [int(options["--iters"]) for options in commands]
+    assert at_once == pytest.approx(sum(stages), rel=0.002)
 
 
 def test_a_method_goes_on_from_the_stages_of_another_and_none_is_trained_twice(tmp_path, commands):
