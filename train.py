@@ -72,7 +72,7 @@ DEFAULTS = {
 
 
 def teacher_trajectory(
-    teacher: StableDiffusion, ema: UNet, batch: dict, args: argparse.Namespace
+    teacher: StableDiffusion, batch: dict, args: argparse.Namespace
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The teacher's solution of each sample's window, without guidance: (grid, z_s, z_e)."""
     grid = reflow.solver_grid(batch["tau"], args.windows, args.solver_steps)
@@ -217,8 +217,10 @@ def draw_sheet(teacher: StableDiffusion, ema: UNet, args: argparse.Namespace, fi
     write_png(image_grid(images, prompts, 8), file)
 
 
-def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> None:
-    """Train one stage. trajectory: what is learned, instead of the paper's."""
+def run(
+    args: argparse.Namespace, trajectory: Callable = teacher_trajectory, criterion: Callable = compute_loss
+) -> None:
+    """Train one stage. trajectory, criterion: what is learned, and by which loss, instead of the paper's."""
     if args.dry_run:
         return dry_run(args)
     process = Process.start(args.device)
@@ -254,8 +256,8 @@ def run(args: argparse.Namespace, trajectory: Callable = teacher_trajectory) -> 
                 with network.no_sync() if wait else nullcontext():
                     with torch.autocast(process.device.type, torch.bfloat16, enabled=process.device.type != "cpu"):
                         with torch.no_grad():
-                            path = trajectory(teacher, ema, batch, args)
-                        loss, both = compute_loss(network, teacher, batch, path, args.windows, args.alpha)
+                            path = trajectory(teacher, batch, args)
+                        loss, both = criterion(network, teacher, batch, path, args.windows, args.alpha)
                     (loss / args.grad_accum_steps).backward()
                 numbers[:3] += torch.stack([loss.detach(), both["mse"], both["cos"]]) / args.grad_accum_steps
             # Gradients are already averaged, so every rank sees the same norm.
@@ -314,7 +316,8 @@ def arguments() -> Parser:
     ours.add_argument("--lora", type=positive_int, help="train only a low-rank update of this rank: less memory")
     # Set by paper/variants.py alone, or by DEFAULTS.
     variants = "name windows student solver_steps warmup ema starts gap cooldown".split()
-    parser.set_defaults(**dict.fromkeys(variants), augment=False, own_starts=0.0, teacher_guidance=1.0)
+    parser.set_defaults(**dict.fromkeys(variants), teacher_guidance=1.0)
+    parser.set_defaults(augment=False, from_noise=False, epsilon_loss=False)
     return parser
 
 

@@ -1,59 +1,87 @@
-"""The trainer with what is not in the paper: guided trajectories, starts on the student's own trajectory, other times.
+"""The trainer with what is not in the paper: guided trajectories, trajectories from noise, other times, another loss.
 
-    torchrun --module paper.variants --stage 1 --teacher-guidance 3
+    torchrun --module paper.variants --stage 1 --teacher-guidance 3 --from-noise
 
 Guided trajectories (Meng et al. 2023, "On distillation of guided diffusion models"): the teacher's steps hold guidance,
 so the flow is sampled without, at half the evaluations. PeRFlow trains its SDXL so, and Rectified Diffusion its phased
-flows. Own starts: noised images are where sampling meets a window only if trajectories lead to such images. Those with
-guidance do not, nor do those with the student's errors so far. So a share of samples starts where the student's own
-trajectory from noise leads, and the teacher's solution from there corrects it (as in DMD2, Yin et al. 2024, 4.5;
-FlowSteer, arXiv 2511.18834, starts on the teacher's). Read `train.py` first: all else is as there.
+flows. From noise: a window's samples start at noised images, but sampling gets there only if trajectories lead to such
+images. Those with guidance do not. So the teacher can start at noise and walk through all windows; each window is one
+sample, at the same cost (FlowSteer, arXiv 2511.18834, starts on the teacher's trajectory, too). Read `train.py` first:
+all else is as there.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import reflow
 import train
+from loss import decomposed_velocity_loss
 from model import StableDiffusion
-from support.errors import at_least_0, count, positive_int, share
+from support.errors import InputError, at_least_0, count, positive_int, share
 from support.memory import teacher_nfe
-from unet import UNet
 
 
-def trajectory(
-    teacher: StableDiffusion, ema: UNet, batch: dict, args: argparse.Namespace
-) -> tuple[Tensor, Tensor, Tensor]:
+def trajectory(teacher: StableDiffusion, batch: dict, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     """The teacher's guided solution of each sample's window: (grid, z_s, z_e)."""
+    if args.from_noise:
+        return cut_trajectories(teacher, batch, args)
     grid = reflow.solver_grid(batch["tau"], args.windows, args.solver_steps)
     z_s = reflow.add_noise(batch["z_0"], batch["noise"], reflow.alpha_bar(teacher.alphas_cumprod, grid[0]))
-    if own := round(args.own_starts * len(z_s)):
-        z_s = torch.cat([start_on_trajectory(teacher, ema, batch, grid[0], own, args.windows), z_s[own:]])
-    height, width = (n * teacher.downscale for n in z_s.shape[2:])
+    return grid, z_s, train.solve(teacher, guided(teacher, batch, args), z_s, grid)
+
+
+def guided(teacher: StableDiffusion, batch: dict, args: argparse.Namespace) -> reflow.Network:
+    height, width = (n * teacher.downscale for n in batch["noise"].shape[2:])
     uncond = teacher.conditions([""], height, width) if args.teacher_guidance != 1 else None
-    epsilon = teacher.epsilon(batch["conditions"], args.teacher_guidance, uncond)
-    return grid, z_s, train.solve(teacher, epsilon, z_s, grid)
+    return teacher.epsilon(batch["conditions"], args.teacher_guidance, uncond)
 
 
-def start_on_trajectory(
-    teacher: StableDiffusion, ema: UNet, batch: dict, starts: Tensor, count: int, windows: int
-) -> Tensor:
-    """For the first `count` samples: where the student's trajectory from noise is at `starts`. windows - 1 NFE."""
-    conditions = tuple(None if c is None else c[:count] for c in batch["conditions"])
-    epsilon = teacher.epsilon(conditions, unet=ema)
-    velocity = reflow.as_velocity(epsilon, teacher.alphas_cumprod, windows, teacher.prediction_type)
-    falling = reflow.rising_boundaries(windows, starts.device)[1:].flip(0)
-    # Once a sample is at its start, its steps have no length.
-    return reflow.euler(velocity, batch["noise"][:count], falling[:, None].clamp(min=starts[:count]))
+def cut_trajectories(teacher: StableDiffusion, batch: dict, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """(grid, z_s, z_e) of all windows of the teacher's trajectories from the first B / windows samples' noise.
+
+    `batch` changes: each sample gets the caption of its trajectory, and its time moves to the same place in its window.
+    """
+    windows, number = args.windows, len(batch["tau"]) // args.windows
+    if number == 0:
+        raise InputError(f"--from-noise cuts a trajectory into {windows} windows; give at least this --batch-size")
+    start, end = reflow.window_of(batch["tau"], windows)
+    place = ((start - batch["tau"]) / (start - end))[: number * windows]
+    batch["conditions"] = tuple(None if c is None else c[:number] for c in batch["conditions"])
+    epsilon, states = guided(teacher, batch, args), [batch["noise"][:number]]
+    starts = reflow.rising_boundaries(windows, place.device)[1:].flip(0)
+    grids = reflow.solver_grid(starts, windows, args.solver_steps)  # (steps + 1, windows)
+    for grid in grids.unbind(dim=1):
+        states.append(train.solve(teacher, epsilon, states[-1], grid))
+    grid = grids.repeat_interleave(number, dim=1)  # (steps + 1, B)
+    batch["tau"] = grid[0] - (place * (grid[0] - grid[-1])).round().long()
+    batch["conditions"] = tuple(None if c is None else torch.cat([c] * windows) for c in batch["conditions"])
+    return grid, torch.cat(states[:-1]), torch.cat(states[1:])
 
 
-def nfe_of_sample(steps: int, guidance: float = 1.0, own_starts: float = 0.0, windows: int = 1) -> float:
+def epsilon_loss(
+    student: nn.Module, teacher: StableDiffusion, batch: dict, trajectory: tuple, windows: int, alpha: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PeRFlow's published loss (`noise_matching`): the error of the noise that leads from z_s to z_e in one step."""
+    grid, z_s, z_e = trajectory
+    a_s, a_e = (reflow.alpha_bar(teacher.alphas_cumprod, tau) for tau in (grid[0], grid[-1]))
+    lam, eta = reflow.ddim_coefficients(a_s, a_e, teacher.prediction_type)
+    wanted = (z_e - reflow.append_dims(lam, z_s) * z_s) / reflow.append_dims(eta, z_s)
+    z_t, _ = reflow.straight_line(grid[0], grid[-1], z_s, z_e, batch["tau"])
+    epsilon = teacher.epsilon(batch["conditions"], unet=student)
+    return decomposed_velocity_loss(epsilon(z_t, batch["tau"]), wanted, alpha)
+
+
+def nfe_of_sample(steps: int, guidance: float = 1.0) -> int:
     """Training cost of a sample in network evaluations: the teacher's, and three for the student's forward and backward
     pass, since a backward pass takes as long as two forward passes."""
-    return teacher_nfe(steps, guidance, own_starts, windows) + 3
+    return teacher_nfe(steps, guidance) + 3
+
+
+def run(args: argparse.Namespace) -> None:
+    train.run(args, trajectory, epsilon_loss if args.epsilon_loss else train.compute_loss)
 
 
 def main() -> None:
@@ -64,7 +92,8 @@ def main() -> None:
     ours.add_argument("--windows", type=positive_int, help="a stage of this number of windows; needs --teacher")
     ours.add_argument("--student", type=Path, help="the student starts from this model's weights, not the teacher's")
     ours.add_argument("--teacher-guidance", type=at_least_0, help="of the trajectories; default: 1, none, the paper's")
-    ours.add_argument("--own-starts", type=share, help="share of samples on the student's trajectory; default: 0")
+    ours.add_argument("--from-noise", action="store_true", help="trajectories from noise, each cut into its windows")
+    ours.add_argument("--epsilon-loss", action="store_true", help="PeRFlow's published loss; its --alpha is 0")
     ours.add_argument("--starts", type=share, help="share of times at their window's start; 0: even times, the paper's")
     ours.add_argument("--gap", type=share, help="share of every window, at its end, without times; default: by model")
     ours.add_argument("--solver-steps", type=positive_int, help="teacher's steps per window; default: its share of 32")
@@ -72,7 +101,7 @@ def main() -> None:
     ours.add_argument("--cooldown", type=share, help="share of updates, at the end, in which it falls to zero")
     ours.add_argument("--ema", type=share, help="decay of the moving average of the weights; default: by model")
     ours.add_argument("--augment", action="store_true", help="crop images at random places, mirror half of them")
-    train.main(parser, lambda args: train.run(args, trajectory))
+    train.main(parser, run)
 
 
 if __name__ == "__main__":

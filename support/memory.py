@@ -50,14 +50,14 @@ def count(
         "VAE": 4 * vae,
         "activations": saved,
     }
-    nfe = teacher_nfe(args.solver_steps, args.teacher_guidance, args.own_starts, args.windows)
+    nfe = teacher_nfe(args.solver_steps, args.teacher_guidance)
     used = {name: size for name, size in parts.items() if size}
     return used, args.grad_accum_steps * (nfe * teaching + learning)
 
 
-def teacher_nfe(steps: int, guidance: float = 1.0, own_starts: float = 0.0, windows: int = 1) -> float:
-    """Forward passes for a sample's trajectory: two for a step with guidance; own starts follow the student to them."""
-    return steps * (1 if guidance == 1 else 2) + own_starts * (windows - 1)
+def teacher_nfe(steps: int, guidance: float = 1.0) -> int:
+    """Forward passes for a sample's trajectory: two for a step with guidance."""
+    return steps * (1 if guidance == 1 else 2)
 
 
 @functools.cache

@@ -398,7 +398,7 @@ def test_every_number_has_its_range(capsys):
         "--seed": "-1 4294967296",
         "--lr": "0 -1 nan inf 1e400",
         "--alpha --teacher-guidance": "-5 nan inf",
-        "--ema --cooldown --starts --own-starts": "-1 1.5 nan",
+        "--ema --cooldown --starts --gap": "-1 1.5 nan",
     }.items():
         for flag in flags.split():
             for number in wrong.split():

@@ -64,10 +64,10 @@ def settings(**given):
     return SimpleNamespace(**{"windows": 8, "solver_steps": 4, "alpha": 0.7, "grad_accum_steps": 1} | given)
 
 
-def loss_of(student, teacher, items, args, trajectory=train.teacher_trajectory, ema=None):
+def loss_of(student, teacher, items, args, trajectory=train.teacher_trajectory):
     batch = data.prepare(teacher, items, teacher.device)
     with torch.no_grad():
-        path = trajectory(teacher, ema, batch, args)
+        path = trajectory(teacher, batch, args)
     return train.compute_loss(student, teacher, batch, path, args.windows, args.alpha)
 
 
@@ -374,7 +374,7 @@ def test_a_device_is_waited_for_once_in_an_update(request, tmp_path, monkeypatch
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no such device
     monkeypatch.setattr(train.runs, "save_checkpoint", lambda *_: None)
     monkeypatch.setattr(train, "save_flow", lambda *_: None)
-    ours = ["--windows", windows, "--own-starts", 0.5, "--teacher-guidance", 3]
+    ours = ["--windows", windows, "--batch-size", 8, "--from-noise", "--teacher-guidance", 3]
     with helpers.NoWaiting():
         assert run("--stage", 1, "--model", folder, "--iters", 1, *ours, "--out", tmp_path) == 0
     assert waits == ["meta"]
