@@ -2,13 +2,14 @@
 
     python -m paper.figures score MODEL ...            prompt accuracy, Frechet distance, CLIP score: rows of --json
     python -m paper.figures table                      the rows of the test split, into paper/README.md and README.md
+    python -m paper.figures follow MODEL MODEL ...     how far images are from the first model's, with the same noise
     python -m paper.figures velocities MODEL ...       figure 1a: how alike velocities of different times are
     python -m paper.figures noise MODEL                figure 1b: noise on the direction against noise on the magnitude
     python -m paper.figures guidance                   figure 3: the rows of --json over guidance
     python -m paper.figures side MODEL ...             figure 5: the same seeds, side by side
 
 MODEL is FOLDER, FOLDER:STEPS or FOLDER:STEPS:SAMPLER, as in weights/miniature:4:dpm++. Without steps, a flow takes one
-for each window, a diffusion model 32. All but the first two need matplotlib. Read `miniature/judge.py` first.
+for each window, a diffusion model 32. All but the first three need matplotlib. Read `miniature/judge.py` first.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import math
 import operator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +28,7 @@ from tqdm import trange
 import fid
 import reflow
 import sample
-from miniature.judge import SPLITS, prompt_accuracy, reference, set_scores, statistics
+from miniature.judge import SPLITS, images_of, prompt_accuracy, reference, set_scores, statistics
 from model import StableDiffusion
 from support import scenes
 from support.captions import read_prompts
@@ -118,6 +120,19 @@ def summary(rows: list[dict], prompts: int) -> str:
     """Some of these rows, with fewer columns."""
     rows = [row for row in rows if KEY(row) in SUMMARY and "frechet" in row]
     return table(rows, prompts, [column for column in HEAD if column not in ("guidance", "CLIP score")])
+
+
+def follow(args: argparse.Namespace) -> None:
+    """Mean squared difference of pixels in [-1, 1] from the first model's images. It is a paired measure, so it tells
+    small differences between flows of one teacher. A flow that holds guidance gets none."""
+    seed, first = SPLITS[args.split], None
+    captions = [scenes.caption(seed, i) for i in range(args.count)]
+    for spec in args.models:
+        name, sd, steps, sampler = load(spec, args.device)
+        scale = 1.0 if sd.guidance == 1 else args.guidance[0]
+        images = np.stack(list(images_of(sd, captions, steps, scale, seed, sampler))) / 127.5
+        first = images if first is None else first
+        print(f"{name}, {steps} steps, guidance {scale:g}: {np.square(images - first).mean():.4f}", flush=True)
 
 
 # ---- Velocities and trajectories ------------------------------------------------------------------------------------
@@ -271,7 +286,14 @@ def save(figure, file: Path) -> None:
     print(f"wrote {file}")
 
 
-COMMANDS = {"score": score, "velocities": velocities, "noise": noise, "guidance": guidance, "side": side}
+COMMANDS = {
+    "score": score,
+    "follow": follow,
+    "velocities": velocities,
+    "noise": noise,
+    "guidance": guidance,
+    "side": side,
+}
 
 
 def main() -> None:

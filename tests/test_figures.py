@@ -49,6 +49,14 @@ def test_a_diffusion_models_trajectory_is_the_one_of_ddim():
     assert np.abs(((ours + 1) * 127.5).permute(0, 2, 3, 1).numpy() - theirs).max() <= 1
 
 
+def test_a_model_follows_itself_and_fewer_steps_do_less(capsys, tmp_path):
+    options = ["--count", 3, "--guidance", 2, "--device", "cpu", "--out", tmp_path]
+    assert run("follow", f"{MINIATURE}:8", f"{MINIATURE}:8", f"{MINIATURE}:4", f"{MINIATURE}:2", *options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    _, same, four, two = (float(line.rpartition(": ")[2]) for line in lines)
+    assert same == 0 < four < two and lines[-1].startswith("miniature, 2 steps, guidance 2: ")
+
+
 def test_scores_are_rows_that_say_all_and_are_not_measured_twice(tmp_path, monkeypatch):
     file = tmp_path / "rows.json"
     options = ["--count", 2, "--json", file, "--out", tmp_path, "--device", "cpu", "--images"]
