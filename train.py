@@ -317,7 +317,7 @@ def arguments() -> Parser:
     # Set by paper/variants.py alone, or by DEFAULTS.
     variants = "name windows student solver_steps warmup ema starts gap cooldown".split()
     parser.set_defaults(**dict.fromkeys(variants), teacher_guidance=1.0)
-    parser.set_defaults(augment=False, from_noise=False, epsilon_loss=False)
+    parser.set_defaults(augment=False, epsilon_loss=False)
     return parser
 
 

@@ -1,64 +1,33 @@
-"""The trainer with what is not in the paper: guided trajectories, trajectories from noise, other times, another loss.
+"""The trainer with what is not in the paper: guided trajectories, other times, PeRFlow's published loss.
 
-    torchrun --module paper.variants --stage 1 --teacher-guidance 3 --from-noise
+    torchrun --module paper.variants --stage 1 --teacher-guidance 3
 
 Guided trajectories (Meng et al. 2023, "On distillation of guided diffusion models"): the teacher's steps hold guidance,
 so the flow is sampled without, at half the evaluations. PeRFlow trains its SDXL so, and Rectified Diffusion its phased
-flows. From noise: a window's samples start at noised images, but sampling gets there only if trajectories lead to such
-images. Those with guidance do not. So the teacher can start at noise and walk through all windows; each window is one
-sample, at the same cost (FlowSteer, arXiv 2511.18834, starts on the teacher's trajectory, too). Read `train.py` first:
-all else is as there.
+flows. Read `train.py` first: all else is as there.
 """
 
 import argparse
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 import reflow
 import train
 from loss import decomposed_velocity_loss
 from model import StableDiffusion
-from support.errors import InputError, at_least_0, count, positive_int, share
+from support.errors import at_least_0, count, positive_int, share
 from support.memory import teacher_nfe
 
 
 def trajectory(teacher: StableDiffusion, batch: dict, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     """The teacher's guided solution of each sample's window: (grid, z_s, z_e)."""
-    if args.from_noise:
-        return cut_trajectories(teacher, batch, args)
     grid = reflow.solver_grid(batch["tau"], args.windows, args.solver_steps)
     z_s = reflow.add_noise(batch["z_0"], batch["noise"], reflow.alpha_bar(teacher.alphas_cumprod, grid[0]))
-    return grid, z_s, train.solve(teacher, guided(teacher, batch, args), z_s, grid)
-
-
-def guided(teacher: StableDiffusion, batch: dict, args: argparse.Namespace) -> reflow.Network:
-    height, width = (n * teacher.downscale for n in batch["noise"].shape[2:])
+    height, width = (n * teacher.downscale for n in z_s.shape[2:])
     uncond = teacher.conditions([""], height, width) if args.teacher_guidance != 1 else None
-    return teacher.epsilon(batch["conditions"], args.teacher_guidance, uncond)
-
-
-def cut_trajectories(teacher: StableDiffusion, batch: dict, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """(grid, z_s, z_e) of all windows of the teacher's trajectories from the first B / windows samples' noise.
-
-    `batch` changes: each sample gets the caption of its trajectory, and its time moves to the same place in its window.
-    """
-    windows, number = args.windows, len(batch["tau"]) // args.windows
-    if number == 0:
-        raise InputError(f"--from-noise cuts a trajectory into {windows} windows; give at least this --batch-size")
-    start, end = reflow.window_of(batch["tau"], windows)
-    place = ((start - batch["tau"]) / (start - end))[: number * windows]
-    batch["conditions"] = tuple(None if c is None else c[:number] for c in batch["conditions"])
-    epsilon, states = guided(teacher, batch, args), [batch["noise"][:number]]
-    starts = reflow.rising_boundaries(windows, place.device)[1:].flip(0)
-    grids = reflow.solver_grid(starts, windows, args.solver_steps)  # (steps + 1, windows)
-    for grid in grids.unbind(dim=1):
-        states.append(train.solve(teacher, epsilon, states[-1], grid))
-    grid = grids.repeat_interleave(number, dim=1)  # (steps + 1, B)
-    batch["tau"] = grid[0] - (place * (grid[0] - grid[-1])).round().long()
-    batch["conditions"] = tuple(None if c is None else torch.cat([c] * windows) for c in batch["conditions"])
-    return grid, torch.cat(states[:-1]), torch.cat(states[1:])
+    epsilon = teacher.epsilon(batch["conditions"], args.teacher_guidance, uncond)
+    return grid, z_s, train.solve(teacher, epsilon, z_s, grid)
 
 
 def epsilon_loss(
@@ -92,7 +61,6 @@ def main() -> None:
     ours.add_argument("--windows", type=positive_int, help="a stage of this number of windows; needs --teacher")
     ours.add_argument("--student", type=Path, help="the student starts from this model's weights, not the teacher's")
     ours.add_argument("--teacher-guidance", type=at_least_0, help="of the trajectories; default: 1, none, the paper's")
-    ours.add_argument("--from-noise", action="store_true", help="trajectories from noise, each cut into its windows")
     ours.add_argument("--epsilon-loss", action="store_true", help="PeRFlow's published loss; its --alpha is 0")
     ours.add_argument("--starts", type=share, help="share of times at their window's start; 0: even times, the paper's")
     ours.add_argument("--gap", type=share, help="share of every window, at its end, without times; default: by model")

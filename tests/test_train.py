@@ -374,7 +374,7 @@ def test_a_device_is_waited_for_once_in_an_update(request, tmp_path, monkeypatch
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no such device
     monkeypatch.setattr(train.runs, "save_checkpoint", lambda *_: None)
     monkeypatch.setattr(train, "save_flow", lambda *_: None)
-    ours = ["--windows", windows, "--batch-size", 8, "--from-noise", "--teacher-guidance", 3]
+    ours = ["--windows", windows, "--teacher-guidance", 3]
     with helpers.NoWaiting():
         assert run("--stage", 1, "--model", folder, "--iters", 1, *ours, "--out", tmp_path) == 0
     assert waits == ["meta"]

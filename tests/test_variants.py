@@ -1,9 +1,9 @@
-"""What is not in the paper: guided trajectories, trajectories from noise, another loss."""
+"""What is not in the paper: guided trajectories and another loss."""
 
 import numpy as np
 import pytest
 import torch
-from helpers import randomize, refusal
+from helpers import randomize
 from test_train import CPU, compare_with_hand, draw, settings
 
 import data
@@ -15,41 +15,8 @@ from support.official import flow_scheduler
 
 
 def test_the_loss_on_guided_trajectories_is_that_worked_out_by_hand(sdxl):
-    args = settings(from_noise=False, teacher_guidance=3)
+    args = settings(teacher_guidance=3)
     compare_with_hand(sdxl, {}, args, variants.trajectory, guidance=3)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("windows", [2, 3])
-def test_trajectories_from_noise_give_a_sample_to_each_window(sd15, windows):
-    teacher, items = StableDiffusion.load(sd15), draw(7, windows)
-    batch = data.prepare(teacher, items, CPU)
-    args = settings(windows=windows, solver_steps=2, teacher_guidance=3, from_noise=True)
-    grid, z_s, z_e = variants.trajectory(teacher, batch, args)
-    number, edges = 7 // windows, reflow.boundaries(windows)
-    assert len(z_s) == number * windows
-    for i in range(number):
-        caption = "" if items["uncond"][i] else items["caption"][i]
-        conditions, uncond = (teacher.conditions([text], 64, 64) for text in (caption, ""))
-        epsilon, z = teacher.epsilon(conditions, 3, uncond), batch["noise"][i : i + 1]
-        for k in range(windows):
-            at = i + k * number  # its place in the batch
-            torch.testing.assert_close(z_s[at : at + 1], z, rtol=1e-4, atol=1e-4)
-            z = reflow.ddim(epsilon, z, teacher.alphas_cumprod, grid[:, at])
-            torch.testing.assert_close(z_e[at : at + 1], z, rtol=1e-4, atol=1e-4)
-            assert (grid[0, at], grid[-1, at]) == (edges[k], edges[k + 1])
-            assert edges[k] >= batch["tau"][at] > edges[k + 1]
-            torch.testing.assert_close(batch["conditions"][0][at], conditions[0][0])
-    args.windows = 8
-    assert "give at least this --batch-size" in refusal(variants.trajectory, teacher, batch, args)
-
-
-@torch.no_grad()
-def test_moved_times_keep_their_place_in_the_window(sd15):
-    teacher, items = StableDiffusion.load(sd15), draw(8, 4)
-    batch = data.prepare(teacher, items, CPU)
-    variants.trajectory(teacher, batch, settings(windows=4, solver_steps=1, teacher_guidance=1, from_noise=True))
-    assert torch.equal(batch["tau"] % 250, items["tau"] % 250) and not torch.equal(batch["tau"], items["tau"])
 
 
 @torch.no_grad()
@@ -58,7 +25,7 @@ def test_the_epsilon_loss_is_the_error_of_the_noise_of_one_step(sd15):
     teacher, student = StableDiffusion.load(sd15), randomize(StableDiffusion.load(sd15).unet, 9)
     batch = data.prepare(teacher, draw(4, 4), CPU)
     batch["tau"], _ = reflow.window_of(batch["tau"], 4)
-    args = settings(windows=4, solver_steps=1, teacher_guidance=1, from_noise=False)
+    args = settings(windows=4, solver_steps=1, teacher_guidance=1)
     path = variants.trajectory(teacher, batch, args)
     noise, other = (teacher.epsilon(batch["conditions"], unet=unet)(path[1], batch["tau"]) for unet in (None, student))
     for unet, expected in (teacher.unet, 0.0), (student, (other - noise).square().mean().item()):
