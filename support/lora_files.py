@@ -41,8 +41,8 @@ def read(file: Path, unet: nn.Module) -> tuple[dict[str, Tensor], dict]:
         found = listed(others) or "nothing"
         raise InputError(f"{file} holds {found}; only updates of the UNet are supported: unet.LAYER.lora_A.weight")
     update = {name.removeprefix("unet."): weight for name, weight in load_file(file).items()}
-    layers = sorted({name.rpartition(".lora_")[0] for name in update})
-    if misfits := [layer for layer in layers if not fits(layer, update, unet.state_dict())]:
+    layers, weights = sorted({name.rpartition(".lora_")[0] for name in update}), unet.state_dict()
+    if misfits := [layer for layer in layers if not fits(layer, update, weights)]:
         raise InputError(f"{file} is an update of another build of UNet: see {listed(misfits)}")
     try:
         facts |= {"scale": float(facts["scale"]), "scheduler": dict(json.loads(facts["scheduler"]))}

@@ -137,11 +137,12 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_a_file_that_does_not_fit_is_refused_by_name(file, sd, kind):
-    change, message = REFUSED[kind]
-    rewrite(file, change)
-    assert message in refusal(lora_files.read, file, sd.unet)
+def test_a_file_that_does_not_fit_is_refused_by_name(file, sd):
+    written = file.read_bytes()
+    for kind, (change, message) in REFUSED.items():
+        file.write_bytes(written)
+        rewrite(file, change)
+        assert message in refusal(lora_files.read, file, sd.unet), kind
 
 
 @pytest.mark.parametrize("damage, message", [(b"", "damaged"), (None, "does not exist")])
