@@ -13,7 +13,7 @@ demo: .venv/ready  ## images from prompts, in out/demo/sheet.png
 test: .venv/ready-dev lint  ## all tests, in two processes of one thread each
 	$(PYTEST) --dist loadscope
 
-check: .venv/ready-dev lint  ## the tests that start no process, use no official size, train or compile nothing
+check: .venv/ready-dev lint  ## the fast tests: no process, no official size, no training, no compiling, no figures
 	$(PYTEST) --dist loadscope -m "not slow"
 
 lint: .venv/ready-dev

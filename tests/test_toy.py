@@ -36,6 +36,7 @@ def test_times_lie_where_they_should(at_start, gap, monkeypatch):
     assert at_start == 1 or 1 - gap - 0.05 < r.max() < 1 - gap
 
 
+@pytest.mark.slow
 def test_the_image_and_the_animation_are_written(tmp_path):
     toy.main(tmp_path, share=0.005)
     with Image.open(tmp_path / "toy.png") as still, Image.open(tmp_path / "toy.webp") as moving:
@@ -71,6 +72,7 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     toy_study.study(file, small, teacher_updates=2, n=3)
 
 
+@pytest.mark.slow
 def test_the_kept_rows_are_those_of_the_study_and_draw_its_figures(tmp_path):
     rows = figures.read_rows(toy_study.FILE)
     assert all(any(run.items() <= row.items() for row in rows) for run in toy_study.all_runs())
