@@ -40,7 +40,7 @@ SMALL = official.SD15 | {part: official.SD15[part] | changes for part, changes i
 
 @pytest.mark.slow
 def test_both_sides_do_the_same(monkeypatch, results):
-    monkeypatch.setattr(bench.layouts, "SD15", SMALL)
+    monkeypatch.setattr(bench.official, "SD15", SMALL)
     monkeypatch.setattr(bench, "FAMILIES", {"SD1.5": (SMALL, 16)})
     for ours, [theirs] in bench.bench_networks("cpu"):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)  # bfloat16

@@ -119,4 +119,4 @@ def test_figures_are_made_on_another_device_with_named_axes_and_a_legend_of_thei
     for axis in drawn:
         assert axis.get_ylabel() and (axis.get_xlabel() or axis.get_label() == "<colorbar>")
         assert bool(axis.lines) == bool(axis.get_legend())
-    assert (what == "score") or (tmp_path / f"{what}.png").exists()
+    assert what in ("score", "follow") or (tmp_path / f"{what}.png").exists()

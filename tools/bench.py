@@ -135,7 +135,7 @@ def bench_step(device: str) -> list[dict]:
     def step(teacher: StableDiffusion) -> None:
         settings = argparse.Namespace(windows=4, solver_steps=train.solver_steps(teacher, 4))
         with torch.no_grad():
-            trajectory = train.teacher_trajectory(teacher, student, batch, settings)
+            trajectory = train.teacher_trajectory(teacher, batch, settings)
         train.compute_loss(student, teacher, batch, trajectory, 4, 0.1)[0].backward()
         student.zero_grad()
 
