@@ -39,7 +39,7 @@ out/latents/made_of.json: | .venv/ready
 train: out/latents/made_of.json  ## all stages of ProReflow on the miniature, into out/train; may be interrupted and repeated
 	for stage in 1 2 3 4; do $(TRAIN) --stage $$stage || exit; done
 
-guided: out/latents/made_of.json  ## flows of guided trajectories (not the paper's): half the evaluations to sample; an hour
+guided: out/latents/made_of.json  ## flows of guided trajectories (not in the paper): half the NFE; an hour
 	$(VARIANT) --windows 8 --teacher weights/miniature --teacher-guidance 3 --iters 1200 --name guided-8
 	$(VARIANT) --windows 4 --teacher out/train/guided-8 --iters 1500 --name guided-4
 	$(VARIANT) --windows 2 --teacher out/train/guided-4 --iters 1000 --name guided-2

@@ -72,12 +72,12 @@ DEFAULTS = {
 
 
 def teacher_trajectory(
-    teacher: StableDiffusion, batch: dict, args: argparse.Namespace
+    teacher: StableDiffusion, batch: dict, args: argparse.Namespace, epsilon: reflow.Network | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The teacher's solution of each sample's window, without guidance: (grid, z_s, z_e)."""
+    """The teacher's solution of each sample's window: (grid, z_s, z_e). epsilon: by default without guidance."""
     grid = reflow.solver_grid(batch["tau"], args.windows, args.solver_steps)
     z_s = reflow.add_noise(batch["z_0"], batch["noise"], reflow.alpha_bar(teacher.alphas_cumprod, grid[0]))
-    return grid, z_s, solve(teacher, teacher.epsilon(batch["conditions"]), z_s, grid)
+    return grid, z_s, solve(teacher, epsilon or teacher.epsilon(batch["conditions"]), z_s, grid)
 
 
 def solve(teacher: StableDiffusion, epsilon: reflow.Network, z: Tensor, grid: Tensor) -> Tensor:
@@ -316,8 +316,7 @@ def arguments() -> Parser:
     ours.add_argument("--lora", type=positive_int, help="train only a low-rank update of this rank: less memory")
     # Set by paper/variants.py alone, or by DEFAULTS.
     variants = "name windows student solver_steps warmup ema starts gap cooldown".split()
-    parser.set_defaults(**dict.fromkeys(variants), teacher_guidance=1.0)
-    parser.set_defaults(augment=False, epsilon_loss=False)
+    parser.set_defaults(**dict.fromkeys(variants), augment=False, epsilon_loss=False, teacher_guidance=1.0)
     return parser
 
 

@@ -73,6 +73,11 @@ def load(spec: str, device: torch.device) -> tuple[str, StableDiffusion, int, st
     return Path(path).name, sd, steps, sampler or ("flow" if sd.windows else "ddim")
 
 
+def scale_for(sd: StableDiffusion, args: argparse.Namespace) -> float:
+    """The guidance scale of --guidance; none for a flow that holds guidance."""
+    return 1.0 if sd.guidance == 1 else args.guidance[0]
+
+
 # ---- Scores ---------------------------------------------------------------------------------------------------------
 
 
@@ -124,12 +129,12 @@ def summary(rows: list[dict], prompts: int) -> str:
 
 def follow(args: argparse.Namespace) -> None:
     """Mean squared difference of pixels in [-1, 1] from the first model's images. It is a paired measure, so it tells
-    small differences between flows of one teacher. A flow that holds guidance gets none."""
+    small differences between flows of one teacher."""
     seed, first = SPLITS[args.split], None
     captions = [scenes.caption(seed, i) for i in range(args.count)]
     for spec in args.models:
         name, sd, steps, sampler = load(spec, args.device)
-        scale = 1.0 if sd.guidance == 1 else args.guidance[0]
+        scale = scale_for(sd, args)
         images = np.stack(list(images_of(sd, captions, steps, scale, seed, sampler))) / 127.5
         first = images if first is None else first
         print(f"{name}, {steps} steps, guidance {scale:g}: {np.square(images - first).mean():.4f}", flush=True)
@@ -239,7 +244,7 @@ def side(args: argparse.Namespace) -> None:
     prompts, images, captions = read_prompts(PROMPTS)[:8], [], []
     for spec in args.models:
         name, sd, steps, sampler = load(spec, args.device)
-        scale = 1.0 if sd.guidance == 1 else args.guidance[0]
+        scale = scale_for(sd, args)
         images += list(sample.generate(sd, prompts, steps, scale, seed=0, sampler=sampler))
         captions += [f"{NAMES.get(name, name)}, {sampler}, {steps} steps"] + [""] * (len(prompts) - 1)
     write_png(image_grid(images, captions, len(prompts)), args.out / "side.png")
@@ -286,14 +291,7 @@ def save(figure, file: Path) -> None:
     print(f"wrote {file}")
 
 
-COMMANDS = {
-    "score": score,
-    "follow": follow,
-    "velocities": velocities,
-    "noise": noise,
-    "guidance": guidance,
-    "side": side,
-}
+COMMANDS = {command.__name__: command for command in (score, follow, velocities, noise, guidance, side)}
 
 
 def main() -> None:

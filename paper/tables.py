@@ -89,7 +89,7 @@ def trained(method: Method, seed: int, cost: int, args: argparse.Namespace) -> t
     out, names = args.out / f"cost-{cost}" / f"seed-{seed}", []
     for stage in method.stages:
         names.append(f"w{stage.windows}-share{stage.share:g}-alpha{stage.alpha:g}" + stage.epsilon_loss * "-epsilon")
-        nfe = BATCH * int(nfe_of_sample(windows // stage.windows))
+        nfe = BATCH * nfe_of_sample(windows // stage.windows)
         iters = max(round(stage.share * cost / nfe), 1)
         total, teacher, folder, windows = total + iters * nfe, folder, out / "_".join(names), stage.windows
         if folder.exists():
@@ -119,7 +119,8 @@ def run(args: argparse.Namespace) -> None:
     if not (args.data / "made_of.json").exists():
         raise InputError(f"{args.data} holds no latents; make them: python -m tools.cache --out {args.data}")
     weights = figures.name_of(StableDiffusion.load(MINIATURE))
-    args.out /= weights  # another teacher, other flows
+    # Another teacher, other flows. Absolute, since the trainer is started in the root folder.
+    args.out, args.data = args.out.absolute() / weights, args.data.absolute()
     for cost, seed, name in itertools.product(args.cost, args.seeds, args.methods):
         if name in SOLVERS:
             folder, sampler, key, total = MINIATURE, name, {"method": name}, {}

@@ -3,7 +3,7 @@
     torchrun --module paper.variants --stage 1 --teacher-guidance 3
 
 Guided trajectories (Meng et al. 2023, "On distillation of guided diffusion models"): the teacher's steps hold guidance,
-so the flow is sampled without, at half the evaluations. PeRFlow trains its SDXL so, and Rectified Diffusion its phased
+so the flow is sampled without, at half the NFE. PeRFlow trains its SDXL so, and Rectified Diffusion its phased
 flows. Read `train.py` first: all else is as there.
 """
 
@@ -22,12 +22,10 @@ from support.memory import teacher_nfe
 
 def trajectory(teacher: StableDiffusion, batch: dict, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     """The teacher's guided solution of each sample's window: (grid, z_s, z_e)."""
-    grid = reflow.solver_grid(batch["tau"], args.windows, args.solver_steps)
-    z_s = reflow.add_noise(batch["z_0"], batch["noise"], reflow.alpha_bar(teacher.alphas_cumprod, grid[0]))
-    height, width = (n * teacher.downscale for n in z_s.shape[2:])
+    height, width = (n * teacher.downscale for n in batch["noise"].shape[2:])
     uncond = teacher.conditions([""], height, width) if args.teacher_guidance != 1 else None
     epsilon = teacher.epsilon(batch["conditions"], args.teacher_guidance, uncond)
-    return grid, z_s, train.solve(teacher, epsilon, z_s, grid)
+    return train.teacher_trajectory(teacher, batch, args, epsilon)
 
 
 def epsilon_loss(

@@ -18,7 +18,6 @@ from unet import RECOMPUTED, UNet, UNetConfig
 
 pytestmark = pytest.mark.slow
 GIVEN = torch.randn(2, 4, 8, 8), torch.tensor([5, 6]), torch.randn(2, 77, 32)
-BLOCKS = RECOMPUTED
 
 
 def small() -> UNet:
@@ -31,7 +30,7 @@ def count(world=1, **given):
     settings |= {"teacher_guidance": 1.0}
     args = argparse.Namespace(**settings | {"gradient_checkpointing": False} | given)
     networks = {"unet": small(), "vae": torch.nn.Linear(10, 10), "text_encoder": torch.nn.Linear(3, 5)}
-    return memory.count(networks, (4, 8, 8), args, world, BLOCKS)
+    return memory.count(networks, (4, 8, 8), args, world, RECOMPUTED)
 
 
 def held(tensors) -> int:
@@ -86,21 +85,8 @@ def test_flop_are_those_of_all_passes():
 def test_a_dry_run_prints_and_starts_nothing(sd15, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train.Process, "start", lambda _: 1 / 0)
     cache(StableDiffusion.load(sd15), Scenes(0), 2, tmp_path / "latents")
-    command = [
-        "--stage",
-        1,
-        "--model",
-        sd15,
-        "--data",
-        tmp_path / "latents",
-        "--batch-size",
-        2,
-        "--iters",
-        100,
-        "--out",
-        tmp_path / "out",
-        "--dry-run",
-    ]
+    command = ["--stage", 1, "--model", sd15, "--data", tmp_path / "latents", "--out", tmp_path / "out"]
+    command += ["--batch-size", 2, "--iters", 100, "--dry-run"]
     assert exit_code(variants, *command, 1e-3) == 0
     lines = capsys.readouterr().out.splitlines()
     flop = float(lines[-2].split()[0])

@@ -98,10 +98,9 @@ def test_numbers_are_those_of_their_files():
     page = (figures.HERE / "README.md").read_text(encoding="utf-8")
     assert figures.table(rows, 200).join(figures.MARKS) in page
     assert figures.summary(rows, 200).join(figures.SUMMARY_MARKS) in README
-    for row in [
-        row for name in ("times", "lora", "levers") for row in figures.read_rows(figures.HERE / f"results/{name}.json")
-    ]:
-        assert f"{row['frechet']:.2f}" in page
+    for name in "times", "lora", "levers":
+        for row in figures.read_rows(figures.HERE / f"results/{name}.json"):
+            assert f"{row['frechet']:.2f}" in page
     speed = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
     for row in (row for file in ROOT.glob("docs/speed/*.json") for row in json.loads(file.read_text())["rows"]):
         [line] = [line for line in speed.splitlines() if line.startswith(f"| {row['what']} |")]

@@ -1,10 +1,12 @@
 """The paper's tables: compared methods cost the same, nothing is done twice, and the table says what was measured."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import exit_code
+from helpers import exit_code, refusal
 
 from model import MINIATURE, StableDiffusion
 from paper import figures, reproduce, tables
@@ -59,6 +61,12 @@ def test_a_method_goes_on_from_the_stages_of_another_and_none_is_trained_twice(t
     trained("plain", 0, 9000, tmp_path)  # the same windows, another loss
     trained("i", 1, 9000, tmp_path)  # another seed
     assert [(new["--alpha"], new["--seed"]) for new in commands[3:]] == [("0", "0")] * 2 + [("0.1", "1")] * 2
+
+
+def test_a_failed_training_ends_the_run_with_one_line(tmp_path, monkeypatch):
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda line, **how: start([sys.executable, "-c", "exit(2)"], **how))
+    assert "exit code 2, see above; what is finished is kept" in refusal(trained, "i", 0, 9000, tmp_path)
 
 
 @pytest.mark.slow
