@@ -316,7 +316,7 @@ def arguments() -> Parser:
     ours.add_argument("--lora", type=positive_int, help="train only a low-rank update of this rank: less memory")
     # Set by paper/variants.py alone, or by DEFAULTS.
     variants = "name windows student solver_steps warmup ema starts gap cooldown".split()
-    parser.set_defaults(**dict.fromkeys(variants), augment=False, epsilon_loss=False, teacher_guidance=1.0)
+    parser.set_defaults(**dict.fromkeys(variants), augment=False, epsilon_loss=False, teacher_guidance=1.0, reuse=1)
     return parser
 
 

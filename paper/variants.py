@@ -1,4 +1,4 @@
-"""The trainer with what is not in the paper: guided trajectories, other times, PeRFlow's published loss.
+"""The trainer with what is not in the paper: guided trajectories, reused ones, other times, PeRFlow's published loss.
 
     torchrun --module paper.variants --stage 1 --teacher-guidance 3
 
@@ -8,16 +8,20 @@ flows. Read `train.py` first: all else is as there.
 """
 
 import argparse
+from collections import deque
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 import reflow
 import train
 from loss import decomposed_velocity_loss
 from model import StableDiffusion
+from support.devices import rank_and_world
 from support.errors import at_least_0, count, positive_int, share
 from support.memory import teacher_nfe
+from support.streams import REUSE, stream
 
 
 def trajectory(teacher: StableDiffusion, batch: dict, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,6 +30,38 @@ def trajectory(teacher: StableDiffusion, batch: dict, args: argparse.Namespace) 
     uncond = teacher.conditions([""], height, width) if args.teacher_guidance != 1 else None
     epsilon = teacher.epsilon(batch["conditions"], args.teacher_guidance, uncond)
     return train.teacher_trajectory(teacher, batch, args, epsilon)
+
+
+class Pool:
+    """The trajectories of the last updates, each trained on about --reuse times, at other times of its window.
+
+    Rectified Flow trains for epochs on stored pairs. Here they are made on the way: of a batch, only one sample in
+    --reuse is solved, and the student learns from a batch that is drawn from the pool. A resumed run fills it anew, so
+    its weights are not those of a run without interruption.
+    """
+
+    KEPT = 16  # batches
+
+    def __init__(self, args: argparse.Namespace):
+        self.random = stream(REUSE, args.seed, rank_and_world()[0])
+        self.parts = deque(maxlen=self.KEPT * args.reuse)
+
+    def trajectory(
+        self, teacher: StableDiffusion, batch: dict, args: argparse.Namespace
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(grid, z_s, z_e) of drawn trajectories, whose conditions and new times replace those of the batch."""
+        start, end = reflow.window_of(batch["tau"], args.windows)
+        place = (start - batch["tau"]) / (start - end)  # 0 at the start of its window
+        few = slice(-(-len(place) // args.reuse))
+        solved = {name: x[few] for name, x in batch.items() if torch.is_tensor(x)}
+        solved["conditions"] = tuple(x if x is None else x[few] for x in batch["conditions"])
+        grid, z_s, z_e = trajectory(teacher, solved, args)
+        self.parts.append((grid[0], grid[-1], z_s, z_e, *solved["conditions"]))
+        columns = [None if column[0] is None else torch.cat(column) for column in zip(*self.parts)]
+        drawn = torch.from_numpy(self.random.integers(len(columns[0]), size=len(place))).to(place.device)
+        start, end, z_s, z_e, *conditions = (x if x is None else x[drawn] for x in columns)
+        batch |= {"tau": start - (place * (start - end)).round().long(), "conditions": tuple(conditions)}
+        return torch.stack([start, end]), z_s, z_e
 
 
 def epsilon_loss(
@@ -48,7 +84,8 @@ def nfe_of_sample(steps: int, guidance: float = 1.0) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    train.run(args, trajectory, epsilon_loss if args.epsilon_loss else train.compute_loss)
+    learned = Pool(args).trajectory if args.reuse > 1 else trajectory
+    train.run(args, learned, epsilon_loss if args.epsilon_loss else train.compute_loss)
 
 
 def main() -> None:
@@ -59,6 +96,7 @@ def main() -> None:
     ours.add_argument("--windows", type=positive_int, help="a stage of this number of windows; needs --teacher")
     ours.add_argument("--student", type=Path, help="the student starts from this model's weights, not the teacher's")
     ours.add_argument("--teacher-guidance", type=at_least_0, help="of the trajectories; default: 1, none, the paper's")
+    ours.add_argument("--reuse", type=positive_int, help="how often a trajectory is trained on; default: 1, the paper's")
     ours.add_argument("--epsilon-loss", action="store_true", help="PeRFlow's published loss; its --alpha is 0")
     ours.add_argument("--starts", type=share, help="share of times at their window's start; 0: even times, the paper's")
     ours.add_argument("--gap", type=share, help="share of every window, at its end, without times; default: by model")

@@ -50,7 +50,7 @@ def count(
         "VAE": 4 * vae,
         "activations": saved,
     }
-    nfe = teacher_nfe(args.solver_steps, args.teacher_guidance)
+    nfe = teacher_nfe(args.solver_steps, args.teacher_guidance) / args.reuse
     used = {name: size for name, size in parts.items() if size}
     return used, args.grad_accum_steps * (nfe * teaching + learning)
 

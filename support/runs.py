@@ -27,7 +27,7 @@ from support.files import fingerprint, make_folder, remove, replaced, write_text
 INPUTS = "base", "teacher", "student", "data"
 # What a resumed run must have in common with the interrupted one, besides the content of the inputs.
 KEPT = """windows alpha solver_steps lr warmup starts gap cooldown ema seed augment lora teacher_guidance
-    epsilon_loss""".split()
+    epsilon_loss reuse""".split()
 locks = []  # of this process, until it ends
 
 

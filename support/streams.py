@@ -17,6 +17,7 @@ TIME, NOISE, POSTERIOR, UNCOND = 7, 8, 9, 10  # of a training sample; also keyed
 SAMPLING = 11  # the noise that an image starts from
 READING, CONTRAST = 12, 13  # captions in training the miniature's CLIP
 LORA = 14  # the first values of an update
+REUSE = 15  # which trajectories are trained on again
 
 
 def stream(purpose: int, seed: int, *numbers: int) -> np.random.Generator:

@@ -27,7 +27,7 @@ def small() -> UNet:
 def count(world=1, **given):
     """For the small UNet, a VAE of 110 weights and a text encoder of 20."""
     settings = {"batch_size": 2, "grad_accum_steps": 1, "lora": None, "base": "a", "teacher": "a", "solver_steps": 0}
-    settings |= {"teacher_guidance": 1.0}
+    settings |= {"teacher_guidance": 1.0, "reuse": 1}
     args = argparse.Namespace(**settings | {"gradient_checkpointing": False} | given)
     networks = {"unet": small(), "vae": torch.nn.Linear(10, 10), "text_encoder": torch.nn.Linear(3, 5)}
     return memory.count(networks, (4, 8, 8), args, world, RECOMPUTED)
@@ -79,6 +79,7 @@ def test_flop_are_those_of_all_passes():
     forward = count(solver_steps=1)[1] - full
     assert full == 3 * forward and 2 * forward < update < full  # LoRA: no gradient of the base's weights
     assert count(solver_steps=2, teacher_guidance=3)[1] == full + 2 * 2 * forward
+    assert count(solver_steps=2, teacher_guidance=3, reuse=4)[1] == full + forward
     assert count(gradient_checkpointing=True)[1] == 4 * forward and count(grad_accum_steps=5)[1] == 5 * full
 
 

@@ -11,6 +11,7 @@ import reflow
 import sample
 from model import StableDiffusion
 from paper import variants
+from support import datasets
 from support.official import flow_scheduler
 
 
@@ -46,3 +47,31 @@ def test_a_flow_of_guided_trajectories_says_so_and_passes_it_on(sd15):
 def test_the_cost_of_a_sample_counts_evaluations():
     assert variants.nfe_of_sample(4) == 4 + 3
     assert variants.nfe_of_sample(2, guidance=3) == 2 * 2 + 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+def test_trajectories_of_the_pool_are_solved_once_and_trained_on_at_new_times(request, model):
+    """What is drawn is a trajectory of this or an earlier update, with its own conditions and a time in its window."""
+    teacher = StableDiffusion.load(request.getfixturevalue(model))
+    samples = data.Samples(datasets.Scenes(0), 0, (4, 8, 8), 8, starts=0.5)
+    args = settings(teacher_guidance=3, seed=0, reuse=4)
+    pool, solved, times = variants.Pool(args), {}, []
+    for items in data.batches(samples, 0, 3, 8, 0, 1, 0):
+        batch = data.prepare(teacher, items, CPU)
+        first = {name: x[:2] for name, x in batch.items() if torch.is_tensor(x)}
+        first["conditions"] = tuple(x if x is None else x[:2] for x in batch["conditions"])
+        at_start = (batch["tau"] == reflow.window_of(batch["tau"], 8)[0]).clone()
+        grid, z_s, z_e = variants.trajectory(teacher, first, args)
+        solved |= {z_s[i].sum().item(): (grid[[0, -1], i], z_e[i], first["conditions"][0][i]) for i in range(2)}
+
+        grid, z_s, z_e = pool.trajectory(teacher, batch, args)
+        for i in range(8):
+            ends, z, context = solved[z_s[i].sum().item()]
+            assert torch.equal(grid[:, i], ends) and torch.equal(batch["conditions"][0][i], context)
+            assert torch.allclose(z_e[i], z, atol=1e-5)
+            assert ends[1] < batch["tau"][i] <= ends[0] and (batch["tau"][i] == ends[0]) == at_start[i]
+        times += zip(z_s.sum((1, 2, 3)).tolist(), batch["tau"].tolist())
+    drawn = [which for which, _ in times]
+    assert len(solved) == 6 and set(drawn) == set(solved) and len(set(times)) > 6  # some at several times
+    assert len(pool.parts) == 3 and pool.parts.maxlen == 16 * 4

@@ -56,7 +56,7 @@ def official(family: str) -> dict[str, nn.Module]:
 def count_official(family: str, batch: int, accumulate: int, rank: int, world: int, stage: int) -> tuple[dict, float]:
     args = SimpleNamespace(
         batch_size=batch, grad_accum_steps=accumulate, lora=rank, gradient_checkpointing=True, base=1, teacher=stage,
-        solver_steps=4 if stage == 1 else 2, teacher_guidance=1,
+        solver_steps=4 if stage == 1 else 2, teacher_guidance=1, reuse=1,
     )  # fmt: skip
     shape = 4, SIZES[family] // 8, SIZES[family] // 8
     return count(official(family), shape, args, world, RECOMPUTED)
