@@ -96,7 +96,7 @@ def main() -> None:
     ours.add_argument("--windows", type=positive_int, help="a stage of this number of windows; needs --teacher")
     ours.add_argument("--student", type=Path, help="the student starts from this model's weights, not the teacher's")
     ours.add_argument("--teacher-guidance", type=at_least_0, help="of the trajectories; default: 1, none, the paper's")
-    ours.add_argument("--reuse", type=positive_int, help="how often a trajectory is trained on; default: 1, the paper's")
+    ours.add_argument("--reuse", type=positive_int, help="uses of each trajectory, on average; default: 1, the paper's")
     ours.add_argument("--epsilon-loss", action="store_true", help="PeRFlow's published loss; its --alpha is 0")
     ours.add_argument("--starts", type=share, help="share of times at their window's start; 0: even times, the paper's")
     ours.add_argument("--gap", type=share, help="share of every window, at its end, without times; default: by model")
