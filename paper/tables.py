@@ -2,7 +2,7 @@
 
     python -m tools.cache --out out/latents                      first, once: what is trained on
     python -m paper.tables                                       all methods, two seeds: two hours on two cores
-    python -m paper.tables --methods perflow i --cost 20000      some of it, at less cost; or eight-1 four-1: figure 4
+    python -m paper.tables --methods perflow i --seeds 0         some of it; or eight-1 four-1: figure 4
     python -m paper.tables --table                               what was measured, into paper/README.md and figures/
 
 Cost is counted in network evaluations (`variants.nfe_of_sample`), earlier stages included. A run may be interrupted and
@@ -71,7 +71,7 @@ METHODS = SOLVERS | {
     "one": Method("one step: 8, 4, 2, 1 windows", (EIGHT, FOUR, TWO, ONE), {1: ""}),
     "reflow": Method("reflow: 1 window at once, plain loss", (Stage(1, 4, 0),), {1: ""}),
 }
-ALPHAS = (0.0, 0.01, 0.1, 1.0, 10.0)  # figure 4: its methods by windows and alpha; two are in the table
+ALPHAS = (0.0, 0.1, 1.0, 10.0)  # figure 4: its methods by windows and alpha; two are in the table
 FIGURE_4 = {8: {a: f"eight-{a:g}" for a in ALPHAS}, 4: {a: f"four-{a:g}" for a in ALPHAS} | {0: "plain", 0.1: "i"}}
 RUNS = dict(METHODS)
 for a in ALPHAS:
@@ -121,12 +121,12 @@ def run(args: argparse.Namespace) -> None:
     weights = figures.name_of(StableDiffusion.load(MINIATURE))
     # Another teacher, other flows. Absolute, since the trainer is started in the root folder.
     args.out, args.data = args.out.absolute() / weights, args.data.absolute()
-    for cost, seed, name in itertools.product(args.cost, args.seeds, args.methods):
+    for seed, name in itertools.product(args.seeds, args.methods):
         if name in SOLVERS:
             folder, sampler, key, total = MINIATURE, name, {"method": name}, {}
         else:
-            folder, nfe = trained(RUNS[name], seed, cost, args)
-            sampler, key = "flow", {"method": name, "seed": seed, "cost of a stage": cost}
+            folder, nfe = trained(RUNS[name], seed, args.cost, args)
+            sampler, key = "flow", {"method": name, "seed": seed, "cost of a stage": args.cost}
             total = {"training": nfe}
         key |= {"teacher": weights, "prompts": args.prompts, "images": args.images}
         for steps in RUNS[name].steps:
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
                 figures.keep([row], args.json)
 
 
-# ---- The table, and the curves --------------------------------------------------------------------------------------
+# ---- The table, and figure 4 ----------------------------------------------------------------------------------------
 
 MARKS = "<!-- tables: python -m paper.tables --table -->\n", "<!-- end of tables -->"
 COLUMNS = {"frechet": ".2f", "clip": ".2f", "one item": ".1%", "two items": ".1%"}
@@ -168,22 +168,15 @@ def table(rows: list[dict], cost: int) -> str:
 
 
 def draw(rows: list[dict], cost: int, file: Path) -> None:
-    """Frechet distance over the cost of training; and figure 4, over alpha, after the stages of 8 and of 4 windows. Of
-    seed 0: seeds differ by more than points of a curve may."""
-    figure, [[over_cost, over_alpha]] = figures.panels(1, 2)
-    rows = [row for row in rows if row.get("seed") == 0]
-    for name in "perflow", "i":
-        here = [row for row in rows if (row["method"], row["steps"]) == (name, 4)]
-        points = sorted((row["training"] / 1e6, row["frechet"]) for row in here)
-        over_cost.plot(*zip(*points), marker="o", label=METHODS[name].name.replace("*", ""))
+    """Figure 4: Frechet distance over alpha, after the stages of 8 and of 4 windows, of seed 0."""
+    figure, [[axis]] = figures.panels(1, 1)
+    rows = [row for row in rows if (row.get("seed"), row.get("cost of a stage")) == (0, cost)]
     for windows, names in FIGURE_4.items():
-        here = [row for row in rows if (row["steps"], row["cost of a stage"]) == (windows, cost)]
-        distances = {row["method"]: row["frechet"] for row in here}
+        distances = {row["method"]: row["frechet"] for row in rows if row["steps"] == windows}
         points = [(alpha, distances[name]) for alpha, name in names.items() if name in distances]
-        over_alpha.plot(*zip(*points), marker="o", label=f"{windows} windows, {windows} steps")
-    over_alpha.set_xscale("symlog", linthresh=0.01)
-    over_alpha.set(xlabel="alpha", ylabel="Frechet distance")
-    over_cost.set(xlabel="training, million NFE", ylabel="Frechet distance, 4 steps")
+        axis.plot(*zip(*points), marker="o", label=f"{windows} windows, {windows} steps")
+    axis.set_xscale("symlog", linthresh=0.1)
+    axis.set(xlabel="alpha", ylabel="Frechet distance")
     figures.save(figure, file)
 
 
@@ -191,7 +184,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=RUNS, default=list(METHODS), help="rows to measure")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of training")
-    parser.add_argument("--cost", type=int, nargs="+", default=[COST], help="NFE of one stage of ProReflow")
+    parser.add_argument("--cost", type=int, default=COST, help="NFE of one stage of ProReflow")
     parser.add_argument("--data", type=Path, default=Path("out/latents"), help="cached latents to train on")
     parser.add_argument("--prompts", type=int, default=200, help="of each kind, for prompt accuracy")
     parser.add_argument("--images", type=int, default=2000, help="of a Frechet distance")
@@ -206,8 +199,8 @@ def main() -> None:
         if not rows:
             raise InputError(f"{args.json} holds no rows yet; measure some first")
         rows = [row for row in rows if row["teacher"] == rows[-1]["teacher"]]  # of the teacher that was measured last
-        write_between(figures.HERE / "README.md", MARKS, table(rows, max(args.cost)))
-        draw(rows, max(args.cost), figures.HERE / "figures/training.png")
+        write_between(figures.HERE / "README.md", MARKS, table(rows, args.cost))
+        draw(rows, args.cost, figures.HERE / "figures/alpha.png")
 
 
 if __name__ == "__main__":
