@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 TRAIN = $(BIN)/python train.py --data out/latents --resume
-VARIANT = $(BIN)/python -m paper.variants --data out/latents --resume
+GUIDED = $(BIN)/python -m paper.variants --data out/latents --resume --teacher weights/miniature --teacher-guidance 3
 
 .PHONY: demo test check lint parity bench walkthrough miniature train guided tables clean
 
@@ -39,11 +39,10 @@ out/latents/made_of.json: | .venv/ready
 train: out/latents/made_of.json  ## all stages of ProReflow on the miniature, into out/train; may be interrupted and repeated
 	for stage in 1 2 3 4; do $(TRAIN) --stage $$stage || exit; done
 
-guided: out/latents/made_of.json  ## flows of guided trajectories (not in the paper): half the NFE; an hour
-	$(VARIANT) --windows 8 --teacher weights/miniature --teacher-guidance 3 --iters 1200 --name guided-8
-	$(VARIANT) --windows 4 --teacher out/train/guided-8 --iters 1500 --name guided-4
-	$(VARIANT) --windows 2 --teacher out/train/guided-4 --iters 1000 --name guided-2
-	$(VARIANT) --windows 1 --teacher out/train/guided-2 --iters 700 --name guided-1
+guided: out/latents/made_of.json  ## flows of guided trajectories (not in the paper): half the NFE; an hour and a half
+	$(GUIDED) --windows 8 --reuse 4 --iters 1500 --name guided-8
+	$(GUIDED) --windows 4 --reuse 8 --iters 3600 --name guided-4 --student out/train/guided-8
+	$(GUIDED) --windows 2 --reuse 8 --iters 1300 --name guided-2 --student out/train/guided-4
 
 tables: .venv/ready-dev out/latents/made_of.json  ## the paper's tables in miniature; may be interrupted, too
 	$(BIN)/python -m paper.tables

@@ -48,7 +48,6 @@ LIKENESS = 2.0  # guidance scale at which images look most like drawn scenes, ch
 NAMES = {  # the models in weights/ and, with the commands for them in paper/README.md, in out/train/
     "miniature": "diffusion model", "proreflow-i": "ProReflow-I", "stage-3": "ProReflow-II",
     "proreflow-i-guided": "ProReflow-I, guided", "proreflow-ii-guided": "ProReflow-II, guided",
-    "guided-1": "one step, guided",
 }  # fmt: skip
 MARKS = "<!-- scores: python -m paper.figures table -->\n", "<!-- end of scores -->"
 SUMMARY_MARKS = "<!-- summary: python -m paper.figures table -->\n", "<!-- end of summary -->"
