@@ -176,7 +176,7 @@ class ClipText(nn.Module):
             self.text_projection = nn.Linear(cfg.hidden_size, cfg.projection_dim, bias=False)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids (B, L) -> the three things that are made of a text:
+        """Token ids (B, L) -> three encodings of a text:
 
         last (B, L, D): after all layers and the final norm; SD1.5's text.
         penultimate (B, L, D): before the last layer, without the final norm; SDXL's text, from both its encoders.

@@ -40,11 +40,11 @@ class Pool:
     its weights are not those of a run without interruption.
     """
 
-    KEPT = 16  # batches
+    BATCHES = 16  # of trajectories that are held
 
     def __init__(self, args: argparse.Namespace):
         self.random = stream(REUSE, args.seed, rank_and_world()[0])
-        self.parts = deque(maxlen=self.KEPT * args.reuse)
+        self.parts = deque(maxlen=self.BATCHES * args.reuse)
 
     def trajectory(
         self, teacher: StableDiffusion, batch: dict, args: argparse.Namespace

@@ -1,6 +1,6 @@
 """What is not ours is refused by name, however a model's files say it.
 
-Supported are models that predict noise (epsilon) on Stable Diffusion's noise schedule, and flows made of them. Others
+Supported are models that predict noise (epsilon) on Stable Diffusion's noise schedule, and their flows. Others
 often have the same tensors in the same shapes. They would load without an error and draw noise or gray images.
 """
 

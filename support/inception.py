@@ -33,7 +33,7 @@ largest = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 shrink = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 # The branches of each kind of block, and the convolutions of each branch: (outputs, kernel, stride). A kernel of 7 x 7
-# is made of a row and a column, which see as much for 2 / 7 of the cost. BOTH is a row and a column of 3 side by side.
+# becomes a row and a column, which see as much for 2 / 7 of the cost. BOTH is a row and a column of 3 side by side.
 ROW, COLUMN, BOTH = (1, 7), (7, 1), "row and column"
 A = {"1x1": [(64, 1)], "5x5": [(48, 1), (64, 5)], "3x3dbl": [(64, 1), (96, 3), (96, 3)]}
 B = {"3x3": [(384, 3, 2)], "3x3dbl": [(64, 1), (96, 3), (96, 3, 2)]}

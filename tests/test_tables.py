@@ -109,3 +109,4 @@ def test_the_page_shows_what_was_measured_of_the_last_teacher(tmp_path, monkeypa
     assert exit_code(tables, "--table", "--json", rows) == 0
     assert (here / "README.md").read_text(encoding="utf-8") == page
     assert [len(line.get_xdata()) for axis in drawn for line in axis.lines] == [4, 4]  # 8 windows, and 4
+    assert [axis.get_xlabel() for axis in drawn] == ["alpha"]

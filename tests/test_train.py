@@ -257,7 +257,7 @@ def test_the_baseline_learns_from_a_diffusion_model_in_one_stage(sd15, tmp_path,
 
 @pytest.fixture(scope="module")
 def stages(sd15, tmp_path_factory):
-    """A folder with a diffusion model, base, and the first two stages made of it; and what was in base before."""
+    """A folder with a diffusion model, base, and its first two stages; and what was in base before."""
     out = tmp_path_factory.mktemp("stages")
     base = shutil.copytree(sd15, out / "base")
     before = {file.relative_to(base): file.read_bytes() for file in sorted(base.rglob("*")) if file.is_file()}

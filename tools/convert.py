@@ -59,7 +59,7 @@ def save_delta(flow: StableDiffusion, base: StableDiffusion, file: Path) -> None
     """Write the difference of two UNets, as `add_delta` and PeRFlow's tools read it: added to another model with the
     base's architecture, it makes a flow of that one. In the flow's dtype. Raises InputError."""
     if flow.unet.cfg != base.unet.cfg:
-        raise InputError(f"{file}: the two UNets are not built alike; name the model that the flow was made of")
+        raise InputError(f"{file}: the two UNets are not built alike; name the model that the flow was trained from")
     ours, theirs = flow.unet.state_dict(), base.unet.state_dict()
     write_tensors(file, {key: (w.float() - theirs[key].float()).to(w.dtype) for key, w in ours.items()})
 
